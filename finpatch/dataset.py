@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'PRICES', 'split_origins', 'Scaler', 'SymbolRows', 'window_
            'check_splits', 'FinancialDataset', 'n_windows', 'describe', 'rows_from_frame', 'load_dataset',
            'from_arrays', 'given_labels']
 
-# %% ../nbs/15_dataset.ipynb #f1b019fe
+# %% ../nbs/15_dataset.ipynb #3c0bdfd1
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import torch
 
 from .config import check_range
 from .core import InputError
+from .episodes import check_enough
 from .experiment import ExperimentConfig, SplitsConfig
 from .manifest import load_frame
-from .sufficiency import check_enough
 from .targets import Task
 
 # %% ../nbs/15_dataset.ipynb #ad7517c9
@@ -125,13 +125,13 @@ def training_rows(
         raise InputError(rule, f"none with max_context {max_context}", fix)
     return np.concatenate([np.arange(a - max_context + 1, b + 1) for a, b in train.to_numpy()])
 
-# %% ../nbs/15_dataset.ipynb #7199ddb5
+# %% ../nbs/15_dataset.ipynb #7353053c
 def check_splits(samples: pd.DataFrame, task: Task) -> None:
-    "Raise `InputError` if a split is too small to train or judge a model (STATISTICS: samples)."
+    "Raise `InputError` if a split is too small to train or judge a model."
     for split in SPLITS:
         part = samples[samples["split"] == split]
-        longest = part[part["symbol"] == part["symbol"].value_counts().idxmax()] if len(part) else part
-        check_enough(longest["y"].to_numpy(), task.horizon, task.kind, split)
+        order = part["origin"].rank(method="dense").to_numpy(np.int64)
+        check_enough(part["y"].to_numpy(), task.horizon, task.kind, order, split)
 
 # %% ../nbs/15_dataset.ipynb #2bf8a897
 class FinancialDataset:
