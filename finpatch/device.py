@@ -79,7 +79,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         "n_cpus": os.cpu_count(),
     }
 
-# %% ../nbs/22_device.ipynb #4edb6f93
+# %% ../nbs/22_device.ipynb #afe6365d
 def probe(
     model: PatchTST,
     x: torch.Tensor,  # (B, T, F)
@@ -99,7 +99,8 @@ def check_parity(
 ) -> dict[str, object]:  # is_ok, worst, where, tolerance
     "Compare one training step on the device with CPU float32."
     torch.manual_seed(0)
-    config = PatchTSTConfig(d_model=64, n_heads=2, n_layers=2, d_ff=128, dropout=0.0, head_dropout=0.0)
+    size = {"d_model": 64, "n_heads": 2, "n_layers": 2, "d_ff": 128, "dropout": 0.0}
+    config = PatchTSTConfig(n_features=20, context_length=60, **size)
     model, x = PatchTST(config), torch.randn(8, config.context_length, config.n_features)
     worst, where = 0.0, "none"
     for is_training in (True, False):
