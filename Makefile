@@ -1,0 +1,63 @@
+# Two commands set everything up on a fresh machine: `make run` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help install run test verify check style docs lab bench wheel clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := requirements.lock settings.ini setup.py pyproject.toml
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core.done: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+$(VENV)/all.done: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market]'
+	touch $@ $(VENV)/core.done
+
+install: $(VENV)/all.done ## Make .venv with everything, from requirements.lock
+
+run: $(VENV)/core.done ## Build the SP500 data, train 2m on direction and on log_range, show both results
+	$(BIN)/finpatch data fetch SP500
+	$(BIN)/finpatch data build SP500 --tier a20
+	$(BIN)/finpatch data build SP500 --tier raw6
+	$(BIN)/finpatch verify
+	$(BIN)/finpatch train --config sp500_direction --budget 2m
+	$(BIN)/finpatch train --config sp500_log_range --budget 2m
+
+verify: $(VENV)/core.done ## Build what is missing of the embedded data, then verify every file
+	@for symbol in SP500 NASDAQ; do \
+	  $(BIN)/finpatch data fetch $$symbol && \
+	  $(BIN)/finpatch data build $$symbol --tier a20 && \
+	  $(BIN)/finpatch data build $$symbol --tier raw6 || exit 1; done
+	$(BIN)/finpatch verify
+
+test: $(VENV)/all.done ## Run every notebook once, the tests, and the sync gate
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test
+
+check: $(VENV)/all.done ## Export, clean, lint, then everything that `test` runs
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(BIN)/ruff check nbs tests setup.py finpatch
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test
+
+style: $(VENV)/all.done ## Print the house figures of each notebook
+	$(BIN)/python .ci/style.py
+
+docs: $(VENV)/all.done ## Build the site into _docs with Quarto
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started"; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+lab: $(VENV)/all.done ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+wheel: $(VENV)/all.done ## Build the wheel into dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the environment and what was built, never data or runs
+	rm -rf $(VENV) build dist _docs _proc *.egg-info

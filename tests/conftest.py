@@ -1,0 +1,19 @@
+"""Fixtures shared by the tests."""
+
+import pytest
+import torch
+
+SKIPPED = {"mps": "no Apple GPU here: torch.backends.mps is not available", "cuda": "no CUDA device here"}
+
+
+@pytest.fixture(params=["cpu", "mps", "cuda"])
+def device(request) -> torch.device:
+    "Each device in turn; one that this machine lacks is skipped with the reason."
+    available = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    if not available[request.param]:
+        pytest.skip(SKIPPED[request.param])
+    return torch.device(request.param)
+
+
+def pytest_report_header(config):
+    return f"torch {torch.__version__}, MPS {'tested' if torch.backends.mps.is_available() else 'not here: skipped'}"
