@@ -106,7 +106,7 @@ def find_alarms(
         found["certain"] = f"{certain} probabilities of exactly 0 or 1"
     return [{"name": name, "split": split, "found": text} for name, text in found.items()]
 
-# %% ../nbs/40_evaluate.ipynb #9add3597
+# %% ../nbs/40_evaluate.ipynb #fb8476b8
 def evaluate_split(
     rows: pd.DataFrame,  # One split, checked
     forecasts: dict[str, np.ndarray],  # "model" and every baseline, for its rows
@@ -116,11 +116,9 @@ def evaluate_split(
     "Score the model and the baselines on one split."
     y, name = rows["y"].to_numpy(), rows["split"].iloc[0]
     check_enough(y, horizon, "binary" if binary else "real", session_codes(rows), f"`{name}`")
-    prior, loss = forecasts["prior"], {k: per_session(losses(y, p, binary), rows) for k, p in forecasts.items()}
-    metrics = {
-        k: binary_metrics(rows, p, horizon) if binary else real_metrics(rows, p, horizon, prior)
-        for k, p in forecasts.items()
-    }
+    loss = {k: per_session(losses(y, p, binary), rows) for k, p in forecasts.items()}
+    score = binary_metrics if binary else real_metrics
+    metrics = {k: score(rows, p, horizon) for k, p in forecasts.items()}
     skill = {k: mean_interval(x - loss["model"], horizon) for k, x in loss.items() if k != "model"}
     plain = {k: {metric: value._asdict() for metric, value in scores.items()} for k, scores in metrics.items()}
     return plain, {k: value._asdict() for k, value in skill.items()}

@@ -58,7 +58,7 @@ def pooled(
     sums = np.bincount(session_codes(rows), psi)
     return value, sums * len(sums) / len(rows)
 
-# %% ../nbs/39d_metrics.ipynb #c4c66f4d
+# %% ../nbs/39d_metrics.ipynb #ae317079
 def binary_metrics(
     rows: pd.DataFrame,  # One split, checked
     p: np.ndarray,  # Probabilities for its rows
@@ -77,11 +77,10 @@ def real_metrics(
     rows: pd.DataFrame,  # One split, checked
     p: np.ndarray,  # Forecasts for its rows
     horizon: int,  # h, sessions
-    prior: np.ndarray,  # The training mean, for its rows
 ) -> dict[str, Interval]:
     "Score real-valued forecasts."
     y = rows["y"].to_numpy()
-    loss, reference = (per_session(losses(y, forecast, False), rows) for forecast in (p, prior))
+    loss, reference = (per_session(losses(y, forecast, False), rows) for forecast in (p, y.mean()))
     return {
         "mse": mean_interval(loss, horizon),
         "r2": influence_interval(r2_influence(loss, reference), horizon),
