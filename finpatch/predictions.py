@@ -34,20 +34,23 @@ def session_column(values: pd.Series) -> pd.Series:  # datetime64, tz-naive, mid
         raise InputError(f"`{values.name}` must hold dates", f"{int(dates.isna().sum())} empty", "Fill or drop them.")
     return dates.dt.tz_localize(None).dt.normalize()
 
-# %% ../nbs/39a_predictions.ipynb #d00cb888
-def number_column(values: pd.Series) -> pd.Series:  # float64, finite
-    "Read a column of finite numbers, refusing what is none."
+# %% ../nbs/39a_predictions.ipynb #70ac5552
+def number_column(
+    values: pd.Series,  # What should be numbers
+    needed: pd.Series,  # bool, where they must be finite
+) -> pd.Series:  # float64
+    "Read a column of numbers, refusing what is none."
     try:
         numbers = values.astype(np.float64)
     except (ValueError, TypeError) as error:
         raise InputError(f"`{values.name}` must hold numbers", error, "Write them with a decimal point.") from None
-    bad = ~np.isfinite(numbers)
+    bad = ~np.isfinite(numbers) & needed
     if bad.any():
         found = f"{int(bad.sum())} of {len(bad)} not finite, first in row {int(np.argmax(bad))}"
         raise InputError(f"`{values.name}` must be finite", found, "Drop rows without a label or a forecast.")
     return numbers
 
-# %% ../nbs/39a_predictions.ipynb #3b1befb7
+# %% ../nbs/39a_predictions.ipynb #d99232b2
 def conform(
     frame: pd.DataFrame,  # Forecasts, one a row
 ) -> pd.DataFrame:  # The same rows and index with all ten columns, typed
@@ -59,16 +62,16 @@ def conform(
     out = frame.assign(**{name: value for name, value in DEFAULTS.items() if name not in frame})
     for name in ("origin", "target_end"):
         out[name] = session_column(out[name])
-    for name in ("y", "p"):
-        out[name] = number_column(out[name])
     unknown = sorted(set(out["split"].astype(str)) - set(SPLITS))
     if unknown:
         raise InputError("`split` must be train, val or test", unknown[0], nearest(unknown[0], list(SPLITS)))
+    for name, needed in (("y", out["split"].notna()), ("p", out["split"] != "train")):
+        out[name] = number_column(out[name], needed)
     if "logit" not in out:
         out["logit"] = np.nan
     return out[list(COLUMNS)].astype({"split": str, "symbol": str, "budget": str})
 
-# %% ../nbs/39a_predictions.ipynb #8a963afc
+# %% ../nbs/39a_predictions.ipynb #112cc7e5
 def is_binary(
     frame: pd.DataFrame,  # Predictions with `y`
 ) -> bool:
@@ -81,7 +84,7 @@ def check_values(frame: pd.DataFrame) -> None:
     classes = np.unique(frame["y"])
     if not is_binary(frame) and len(classes) == 2:
         raise InputError("binary labels must be 0 and 1", classes.tolist(), "Recode `y`.")
-    outside = ~frame["p"].between(0, 1)
+    outside = ~frame["p"].between(0, 1) & frame["p"].notna()
     if is_binary(frame) and outside.any():
         found = f"{frame['p'][outside].iloc[0]:g} and {int(outside.sum()) - 1} more outside [0, 1]"
         raise InputError("`p` must be a probability where `y` is 0 or 1", found, "Give p, not a logit or score.")
