@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'check_lineage', 'make_model', 'read_version', 'read_comm
            'finish', 'weights_sha256', 'train_run', 'Run', 'load_run', 'check_features', 'predict', 'predict_frame',
            'override']
 
-# %% ../nbs/42_run.ipynb #c999f81a
+# %% ../nbs/42_run.ipynb #5ed1e8ad
 import hashlib
 import json
 import subprocess
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def make_model(
     model.set_output_bias(dataset.task.prior_logit(y_train))
     return model
 
-# %% ../nbs/42_run.ipynb #65fa8f50
+# %% ../nbs/42_run.ipynb #329eb6eb
 PACKAGES = ("finpatch", "numpy", "pandas", "pyarrow", "TA-Lib", "safetensors")
 
 
@@ -81,7 +82,7 @@ def read_version(package: str) -> str:
 
 def read_commit() -> str:  # Hash, with "+" where tracked files differ; "unknown" outside a repository
     "Read the commit of the package's checkout."
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(files("finpatch"))]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
