@@ -152,15 +152,15 @@ def audit(
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return AuditReport(title, len(frame), tuple(map(str, result.columns)), rows, leaks, suspects, notes)
 
-# %% ../nbs/16_audit.ipynb #c0a9ec43
+# %% ../nbs/16_audit.ipynb #0c0bfd1f
 def odd_weeks(
     index: pd.DatetimeIndex,  # Sessions
     n: int = 10,  # At most so many
 ) -> list[int]:  # Rows at the beginning and end of short weeks, spread over the index
     "Find sessions that open a week after its Monday, or close it before its Friday."
     week = index.to_period("W")
-    opens = np.flatnonzero((week[1:] != week[:-1]) & (index.weekday[1:] != 0)) + 1
-    closes = np.flatnonzero((week[1:] != week[:-1]) & (index.weekday[:-1] != 4))
+    opens = np.flatnonzero((week[1:] != week[:-1]) & (index.day_of_week[1:] != 0)) + 1
+    closes = np.flatnonzero((week[1:] != week[:-1]) & (index.day_of_week[:-1] != 4))
     rows = np.union1d(opens, closes)
     return [int(row) for row in rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]] if len(rows) else []
 
