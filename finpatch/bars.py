@@ -6,7 +6,7 @@
 __all__ = ['log', 'EMBEDDED', 'ALIASES', 'DATES', 'embedded_path', 'read_embedded', 'read_file', 'tidy_name', 'tidy_dates',
            'tidy_bars']
 
-# %% ../nbs/10e_bars.ipynb #a1e5e228
+# %% ../nbs/10e_bars.ipynb #28c3e23d
 import logging
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, NotFoundError, file_digest, nearest
-from .validate import COLUMNS
+from .validate import CHECKS, COLUMNS
 
 log = logging.getLogger("finpatch")
 
@@ -52,9 +52,9 @@ def read_embedded(
     "Read an embedded series."
     return pd.read_csv(embedded_path(symbol), index_col=0, parse_dates=True, date_format="%m/%d/%Y")
 
-# %% ../nbs/10e_bars.ipynb #1f62628b
+# %% ../nbs/10e_bars.ipynb #9f1f5e74
 ALIASES = {name.lower().replace(" ", ""): name for name in COLUMNS} | {"adjustedclose": "Adj Close", "closeadj": "Adj Close", "vol": "Volume"}
-DATES = ("date", "session", "datetime", "timestamp", "time", "day")
+DATES = ("date", "session", "datetime", "timestamp", "day", "unnamed: 0")
 
 
 def read_file(
@@ -76,9 +76,9 @@ def read_file(
 def tidy_name(name: object) -> str:
     "Bring a column name into the form of the table above."
     key = "".join(c for c in str(name).lower() if c.isalnum())
-    return ALIASES.get(key, "Date" if key in DATES else str(name))
+    return ALIASES.get(key, str(name))
 
-# %% ../nbs/10e_bars.ipynb #89f78d39
+# %% ../nbs/10e_bars.ipynb #53525aad
 def tidy_dates(
     dates: Iterable,  # Text, dates or timestamps, with or without time and offset
 ) -> pd.DatetimeIndex:  # Midnights without a time zone
@@ -90,6 +90,8 @@ def tidy_dates(
         dates = dates.astype(str)  # 20240102 is a date, not nanoseconds
     try:
         index = pd.DatetimeIndex(pd.to_datetime(dates))
+        if index.hasnans:
+            raise ValueError(f"row {int(np.argmax(index.isna()))} has no date")
     except (ValueError, OverflowError) as error:
         raise InputError("every row needs a date", str(error).splitlines()[0], "Write dates as 2024-01-31, and name their column Date.") from None
     return index.tz_localize(None).normalize().as_unit("ns").rename("session")
@@ -99,16 +101,17 @@ def tidy_bars(
     frame: pd.DataFrame,  # As a source gave it
 ) -> pd.DataFrame:  # Named columns in order, float64, indexed by `session`
     "Bring any source's table into one form, without changing a value."
-    frame = frame.set_axis([tidy_name(name) for name in frame.columns], axis=1)
-    frame = frame.rename(columns={"Unnamed: 0": "Date"})
-    index = tidy_dates(frame["Date"] if "Date" in frame else frame.index)
-    extra = [str(name) for name in frame.columns if name not in [*COLUMNS, "Date"]]
-    if extra:
-        log.info("Columns beyond the bars are left out: %s", ", ".join(extra))
-    frame = frame.loc[:, [name for name in frame.columns if name in COLUMNS]].set_axis(index, axis=0)
+    named = frame.set_axis([tidy_name(name) for name in frame.columns], axis=1)
+    absent = [name for name in COLUMNS if name not in [*named.columns, "Adj Close"]]
+    if absent:
+        found = f"no {', '.join(absent)} among {', '.join(map(str, frame.columns))}"
+        raise InputError(CHECKS["columns"].rule, found, CHECKS["columns"].remedy)
+    dated = [place for place, name in enumerate(frame.columns) if str(name).lower() in DATES]
+    index = tidy_dates(frame.iloc[:, dated[0]] if dated else frame.index)
+    kept = [place for name in COLUMNS for place in np.flatnonzero(named.columns == name)]
+    if len(kept) + len(dated[:1]) < named.shape[1]:
+        log.info("Columns beyond the bars are left out; the file has %s", ", ".join(map(str, frame.columns)))
     try:
-        frame = frame.astype(np.float64)
+        return named.iloc[:, kept].set_axis(index, axis=0).astype(np.float64)
     except (ValueError, TypeError) as error:
         raise InputError("every column must hold numbers", str(error), "Remove units and thousands marks.") from None
-    order = [name for name in COLUMNS for _ in range(list(frame.columns).count(name))]
-    return frame[list(dict.fromkeys(order))] if len(order) else frame

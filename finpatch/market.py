@@ -6,8 +6,9 @@
 __all__ = ['log', 'SOURCES', 'LIBRARIES', 'parse_date', 'read_source', 'find_cut', 'load_checked', 'load_ohlcv',
            'describe_source', 'fetch_ohlcv', 'Finding', 'validate_ohlcv']
 
-# %% ../nbs/11_market.ipynb #27912ee1
+# %% ../nbs/11_market.ipynb #9aa84fec
 import logging
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -60,7 +61,7 @@ def read_source(
         return tidy_bars(read_file(path))
     return tidy_bars(fetch_yahoo(symbol, *(None if day is None else f"{day:%Y-%m-%d}" for day in (first, last)), fetch=fetch))
 
-# %% ../nbs/11_market.ipynb #02882c3f
+# %% ../nbs/11_market.ipynb #ee31a505
 def find_cut(
     bars: pd.DataFrame,  # Finished bars
     last: pd.Timestamp | None,  # The end asked for; None is now
@@ -89,6 +90,8 @@ def load_checked(
     "Read, cut and check the bars; raise on what is not accepted."
     check_calendar(calendar)
     refuse_unaccepted([], accept)
+    if not re.fullmatch(r"[A-Za-z0-9^=_-][A-Za-z0-9^=_.-]*", symbol):
+        raise InputError("a symbol may hold letters, digits and ^ = . _ -", f"`{symbol}`", "It becomes part of a file name: choose a plain one.")
     first, last = parse_date("start", start), parse_date("end", end)
     bars = read_source(symbol, source, path, first, last, fetch)
     inside = np.ones(len(bars), bool)

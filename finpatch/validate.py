@@ -133,7 +133,7 @@ def find_values(
     detail = {"not_finite": "in " + ", ".join(bars.columns[holes.any(axis=0)])}
     return [make_finding(name, index[bad], detail.get(name, "")) for name, bad in rows.items() if bad.any()]
 
-# %% ../nbs/10c_validate.ipynb #fe40e11d
+# %% ../nbs/10c_validate.ipynb #cecce0fa
 def find_sessions(
     bars: pd.DataFrame,  # Bars of good form
     calendar: str,  # A calendar
@@ -141,11 +141,12 @@ def find_sessions(
 ) -> list[Finding]:
     "Check the dates against the exchange calendar and the clock."
     days = bars.index.unique().sort_values()
+    priced = bars.index[bars[PRICES].notna().any(axis=1)]  # a day off without prices is only a null bar
     due = sessions_between(calendar, days[0], days[-1])
     rows = {
         "unfinished_bar": unfinished(days, calendar, now),
         "missing_sessions": due.difference(days),
-        "extra_sessions": days[:0] if calendar == "none" else days.difference(due),
+        "extra_sessions": days[:0] if calendar == "none" else priced.difference(due),
     }
     return [make_finding(name, bad, f"calendar {calendar}") for name, bad in rows.items() if len(bad)]
 
@@ -198,7 +199,7 @@ def find_habits(
         found.append(make_finding("zero_volume", bars.index[idle], "volume is 0"))
     return found
 
-# %% ../nbs/10c_validate.ipynb #d9f57002
+# %% ../nbs/10c_validate.ipynb #b6b80300
 def validate_ohlcv(
     bars: pd.DataFrame,  # Daily bars, one row per session, oldest first
     calendar: str = "XNYS",  # A name of exchange_calendars, 24/7 or none
@@ -211,7 +212,7 @@ def validate_ohlcv(
     if found:
         return found
     found = find_values(bars) + find_sessions(bars, calendar, now)
-    if not {"order", "duplicates", "nonpositive_prices"} & {finding.name for finding in found}:
+    if not {"order", "duplicates", "not_finite", "nonpositive_prices"} & {finding.name for finding in found}:
         found += find_jumps(bars.dropna()) + find_habits(bars)
     return sorted(found, key=lambda finding: list(CHECKS).index(finding.name))
 

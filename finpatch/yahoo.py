@@ -6,8 +6,9 @@
 __all__ = ['HOST', 'FIRST_DAY', 'ALTERNATIVES', 'log', 'import_yfinance', 'ask_yfinance', 'is_reachable', 'is_rate_limit',
            'is_final', 'explain', 'fetch_yahoo']
 
-# %% ../nbs/10d_yahoo.ipynb #536bb0f9
+# %% ../nbs/10d_yahoo.ipynb #a141d80f
 import logging
+import re
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ import pandas as pd
 
 from .core import InputError
 
-# %% ../nbs/10d_yahoo.ipynb #12fb05f1
+# %% ../nbs/10d_yahoo.ipynb #8c4c3c9f
 HOST = "query2.finance.yahoo.com"
 FIRST_DAY = "1927-12-30"
 ALTERNATIVES = "Use `--source file --path FILE`, or the embedded symbols SP500 and NASDAQ, which need no network."
@@ -45,7 +46,7 @@ def ask_yfinance(
     before, debug.hide_exceptions = debug.hide_exceptions, False
     yfinance.data.YfData.cache_get.cache_clear()
     try:
-        return yfinance.Ticker(symbol).history(start=start, end=end, interval="1d", auto_adjust=False, actions=True)
+        return yfinance.Ticker(symbol).history(start=start, end=end, interval="1d", auto_adjust=False, actions=True, keepna=True)
     finally:
         debug.hide_exceptions = before
 
@@ -72,10 +73,10 @@ def is_reachable(
     probe.join(timeout_s)
     return answers == [True]
 
-# %% ../nbs/10d_yahoo.ipynb #930e7193
+# %% ../nbs/10d_yahoo.ipynb #76ec9ff0
 def is_rate_limit(error: Exception) -> bool:
     "Tell whether the vendor asks us to stop."
-    return type(error).__name__ == "YFRateLimitError" or "Too Many Requests" in str(error) or "429" in str(error)
+    return type(error).__name__ == "YFRateLimitError" or "Too Many Requests" in str(error) or bool(re.search(r"\b429\b", str(error)))
 
 
 def is_final(error: Exception) -> bool:

@@ -1,0 +1,183 @@
+"""G5. Risk: a setting is read, searched over and reported, and never reaches the model or the run.
+
+Every field of the experiment is changed once, alone, and something that the field is about must change with it.
+"""
+
+import dataclasses
+import itertools
+from datetime import date
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from finpatch.config import dump_yaml, load_yaml, parse_config
+from finpatch.core import InputError, NotFoundError
+from finpatch.dataset import FinancialDataset, SymbolRows
+from finpatch.experiment import ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig, load_experiment_config
+from finpatch.run import make_model
+from finpatch.targets import Task
+from finpatch.trainer import Trainer
+from finpatch.callbacks import default_callbacks
+
+SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
+DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=900), name="session")
+BASE = ExperimentConfig(
+    seed=0,
+    dataset=("TOY.dataset.a20",),
+    task="direction",
+    horizon=1,
+    context_length=20,
+    splits=SplitsConfig(
+        train_end=DAYS[499].date(), val_end=DAYS[699].date(), test_end=DAYS[899].date(), max_context=30
+    ),
+    optim=OptimConfig(lr=1e-3, epochs=2, warmup_steps=4, patience=None),
+)
+CHANGES = {
+    "seed": 1,
+    "task": "threshold_1pct",
+    "horizon": 2,
+    "context_length": 25,
+    "splits.train_end": DAYS[480].date(),
+    "splits.val_end": DAYS[680].date(),
+    "splits.test_end": DAYS[880].date(),
+    "splits.train_start": DAYS[100].date(),
+    "splits.embargo": 3,
+    "splits.max_context": 40,
+    "model.patch_length": 8,
+    "model.stride": 4,
+    "model.dropout": 0.3,
+    "model.head_dropout": 0.3,
+    "model.channel_mode": "independent",
+    "model.revin": True,
+    "optim.lr": 2e-3,
+    "optim.weight_decay": 0.5,
+    "optim.beta1": 0.5,
+    "optim.beta2": 0.5,
+    "optim.warmup_steps": 8,
+    "optim.final_lr_ratio": 0.5,
+    "optim.max_grad_norm": 0.01,
+    "optim.global_batch_size": 32,
+    "optim.epochs": 3,
+    "optim.max_steps": 5,
+    "optim.patience": 1,
+}
+REFUSED = {"wandb_project": "p", "mlflow_experiment": "m"}  # no tracker in this version: refused, never ignored
+
+
+def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConfig:
+    owner, _, name = key.rpartition(".")
+    if not owner:
+        return dataclasses.replace(config, **{name: value})
+    return dataclasses.replace(config, **{owner: dataclasses.replace(getattr(config, owner), **{name: value})})
+
+
+def outcome(config: ExperimentConfig, folder) -> tuple:
+    "Train and return what a reader would see: samples, weights, steps, losses."
+    rng = np.random.default_rng(0)
+    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, len(DAYS))))
+    prices = pd.DataFrame({"Open": close, "High": close * 1.012, "Low": close * 0.99, "Close": close, "Volume": 1.0}, index=DAYS)
+    task = Task(config.task, horizon=config.horizon)
+    x = rng.normal(size=(len(DAYS), 3)).astype(np.float32)
+    rows = SymbolRows("TOY", DAYS, x, task.labels(prices).to_numpy())
+    data = FinancialDataset([rows], ("a", "b", "c"), task, config.splits, config.context_length)
+    model = make_model(config, "10k", data)
+    trainer = Trainer(model, data, config.optim, seed=config.seed, callbacks=default_callbacks(folder, config.optim, False))
+    trainer.fit()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights.sum().item(), trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum()
+
+
+def all_fields() -> set[str]:
+    names = set()
+    for f in dataclasses.fields(ExperimentConfig):
+        owner = getattr(BASE, f.name)
+        nested = dataclasses.is_dataclass(owner)
+        names |= {f"{f.name}.{g.name}" for g in dataclasses.fields(owner)} if nested else {f.name}
+    return names
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return outcome(BASE, tmp_path_factory.mktemp("base"))
+
+
+def test_every_field_is_listed_here():
+    assert all_fields() == set(CHANGES) | set(REFUSED) | {"dataset"}
+
+
+def test_the_same_config_gives_the_same_outcome(base, tmp_path):
+    assert outcome(BASE, tmp_path) == base
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_changing_a_field_changes_the_outcome(key, base, tmp_path):
+    config, reference = changed(BASE, key, CHANGES[key]), base
+    if key == "optim.patience":  # acts where validation gets worse
+        config = changed(changed(config, "optim.epochs", 12), "optim.lr", 2e-2)
+        (tmp_path / "without").mkdir()
+        reference = outcome(changed(config, key, None), tmp_path / "without")
+    assert outcome(config, tmp_path) != reference
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_setting_without_effect_is_refused(key):
+    with pytest.raises(InputError, match=key):
+        changed(BASE, key, REFUSED[key])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_experiments_read_back_and_build(name, tmp_path):
+    config = load_experiment_config(name)
+    (tmp_path / "copy.yaml").write_text(dump_yaml(config))
+    assert load_experiment_config(tmp_path / "copy.yaml") == config
+    assert config.splits.train_end == date(2011, 12, 31)
+    assert Task(config.task, horizon=config.horizon).kind in ("binary", "real")
+
+
+BAD = {
+    "unknown key": (lambda c: c | {"horizn": 1}, "Did you mean `horizon`"),
+    "unknown nested key": (lambda c: c | {"optim": c["optim"] | {"learning_rate": 1}}, "`optim.learning_rate`"),
+    "missing key": (lambda c: {k: v for k, v in c.items() if k != "task"}, "`task` is required"),
+    "missing nested key": (lambda c: c | {"splits": {"train_end": date(2011, 1, 1)}}, "`splits.val_end` is required"),
+    "text for a number": (lambda c: c | {"horizon": "one"}, "`horizon` must be int; got 'one'"),
+    "a boolean for a number": (lambda c: c | {"seed": True}, "`seed` must be int"),
+    "text for a date": (lambda c: c | {"splits": c["splits"] | {"train_end": "soon"}}, "`splits.train_end` must be date"),
+    "out of range": (lambda c: c | {"horizon": 0}, "horizon"),
+    "nested out of range": (lambda c: c | {"model": {"dropout": 1.5}}, "`model.dropout` must be ≥ 0"),
+    "dates out of order": (lambda c: c | {"splits": c["splits"] | {"val_end": date(2001, 1, 1)}}, "must ascend"),
+    "unknown task": (lambda c: c | {"task": "directoin"}, "Did you mean `direction`"),
+    "unknown choice": (lambda c: c | {"model": {"channel_mode": "mixd"}}, "channel_mode"),
+    "bad dataset id": (lambda c: c | {"dataset": "SP500"}, "SYMBOL.dataset.TIER"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configs_say_rule_finding_and_remedy(case):
+    from finpatch.config import find_config
+
+    change, text = BAD[case]
+    mapping = load_yaml(find_config("sp500_direction", "experiment"))
+    with pytest.raises(InputError) as caught:
+        parse_config(ExperimentConfig, change(mapping))
+    assert text in str(caught.value)
+    assert caught.value.rule and caught.value.found and caught.value.remedy
+
+
+def test_a_missing_config_names_the_nearest():
+    with pytest.raises(NotFoundError, match="Did you mean `sp500_direction`"):
+        load_experiment_config("sp500_directio")
+
+
+def test_defaults_differ_from_the_changes():
+    "A change that equals the default would prove nothing."
+    for key, value in CHANGES.items():
+        owner, _, name = key.rpartition(".")
+        assert getattr(getattr(BASE, owner) if owner else BASE, name) != value, key
+
+
+def test_model_and_optim_configs_are_covered():
+    owners = {"model": ModelConfig, "optim": OptimConfig, "splits": SplitsConfig}
+    names = itertools.chain(*[[f"{k}.{f.name}" for f in dataclasses.fields(v)] for k, v in owners.items()])
+    assert set(names) <= set(CHANGES)
