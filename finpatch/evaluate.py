@@ -62,7 +62,7 @@ def file_baselines(
         climatology[where] = climatology_forecast(known, rows["origin"], prior[where])
     return {"prior": prior, "climatology": climatology}
 
-# %% ../nbs/40_evaluate.ipynb #1c520e72
+# %% ../nbs/40_evaluate.ipynb #19363196
 def align_baselines(
     baselines: dict | pd.DataFrame,  # NAME -> forecasts for the rows of the frame
     frame: pd.DataFrame,  # Checked predictions
@@ -71,10 +71,11 @@ def align_baselines(
     out, scored = {}, (frame["split"] != "train").to_numpy()
     for name in baselines:
         p = baselines[name]
-        fits = p.index.equals(frame.index) if isinstance(p, pd.Series) else len(p) == len(frame)
+        if isinstance(p, pd.Series) and p.index.is_unique:  # by label, whatever the order
+            p = p.reindex(frame.index) if p.index.isin(frame.index).all() else []
         p = np.asarray(p, dtype=np.float64)
-        if not fits or not np.isfinite(p[scored]).all():
-            found = f"`{name}` with {int(np.isfinite(p).sum())} finite values for {len(frame)} rows"
+        if len(p) != len(frame) or not np.isfinite(p[scored]).all():
+            found = f"`{name}` with {int(np.isfinite(p).sum())} finite values of its own for {len(frame)} rows"
             raise InputError("a baseline must forecast every row of val and test", found, "Align it to the frame.")
         out[name] = p
     return out
