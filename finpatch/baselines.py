@@ -138,7 +138,7 @@ def check_labels(
         found = f"{int(differs.sum())} other than it says, first {rows['origin'][differs].iloc[0]:%Y-%m-%d}"
         raise InputError("labels of the frame must be those of the task", found, "Give the run's task and prices.")
 
-# %% ../nbs/41_baselines.ipynb #991df63c
+# %% ../nbs/41_baselines.ipynb #af5ff084
 NOT_FEATURES = ("Open", "High", "Low", "Close", "Volume")
 
 
@@ -154,7 +154,7 @@ def symbol_baselines(
     train, val = session_masks(bars, ends, rows)
     prior = np.full(len(rows), np.nanmean(y[train]))
     known = pd.DataFrame({"target_end": ends, "y": labels}).dropna()
-    features = bars.drop(columns=list(NOT_FEATURES)).to_numpy(np.float64)
+    features = bars.drop(columns=list(NOT_FEATURES), errors="ignore").to_numpy(np.float64)
     by_session = {"volatility": linear_forecast(log_atr(bars), y, task.kind, train)}
     by_session["last_row"], c = last_row_forecast(features, y, task.kind, train, val)
     log.info("baselines: last_row with C = %g", c)
