@@ -6,19 +6,19 @@
 __all__ = ['log', 'STRENGTHS', 'NOT_FEATURES', 'standardise', 'linear_forecast', 'log_atr', 'choice_rows', 'last_row_forecast',
            'har_features', 'session_masks', 'check_labels', 'symbol_baselines', 'baseline_predictions']
 
-# %% ../nbs/41_baselines.ipynb #d482312b
+# %% ../nbs/41_baselines.ipynb #a4797d21
 import logging
 
 import numpy as np
 import pandas as pd
 
-from .core import InputError
+from .core import InputError, nearest
 from .evaluate import climatology_forecast, losses
 from .targets import Task
 
 log = logging.getLogger("finpatch")
 
-# %% ../nbs/41_baselines.ipynb #519d125c
+# %% ../nbs/41_baselines.ipynb #b8584c01
 def standardise(
     x: np.ndarray,  # (n, F)
     train: np.ndarray,  # (n,) bool
@@ -42,6 +42,9 @@ def linear_forecast(
     whole = np.isfinite(x).all(axis=1)
     fit = train & whole & np.isfinite(y)
     out = np.full(len(y), np.nan)
+    if kind == "binary" and len(np.unique(y[fit])) < 2:
+        found = f"{int(fit.sum())} rows of one class"
+        raise InputError("training rows must hold both classes", found, "Lengthen the training span.")
     if kind == "real":
         out[whole] = Ridge(alpha=1 / c).fit(x[fit], y[fit]).predict(x[whole])
     else:
@@ -104,7 +107,7 @@ def har_features(
     daily = np.log(span)
     return np.column_stack([daily, daily.rolling(5).mean(), daily.rolling(22).mean()])
 
-# %% ../nbs/41_baselines.ipynb #aed2e92b
+# %% ../nbs/41_baselines.ipynb #05f84114
 def session_masks(
     bars: pd.DataFrame,  # One symbol
     ends: pd.Series,  # target_end per session of the bars, NaT where unknown
@@ -115,6 +118,9 @@ def session_masks(
     if not sessions["train"].any():
         sessions["train"] = (ends <= rows["origin"].min()).to_numpy()
         log.info("baselines: the frame has no training rows; fitting on %d sessions before it", sessions["train"].sum())
+    if not sessions["train"].any():
+        found = f"none before {rows['origin'].min():%Y-%m-%d}"
+        raise InputError("baselines need training sessions", found, "Give bars that begin earlier.")
     return sessions["train"], sessions["val"]
 
 
@@ -132,7 +138,7 @@ def check_labels(
         found = f"{int(differs.sum())} other than it says, first {rows['origin'][differs].iloc[0]:%Y-%m-%d}"
         raise InputError("labels of the frame must be those of the task", found, "Give the run's task and prices.")
 
-# %% ../nbs/41_baselines.ipynb #991df63c
+# %% ../nbs/41_baselines.ipynb #af5ff084
 NOT_FEATURES = ("Open", "High", "Low", "Close", "Volume")
 
 
@@ -148,7 +154,7 @@ def symbol_baselines(
     train, val = session_masks(bars, ends, rows)
     prior = np.full(len(rows), np.nanmean(y[train]))
     known = pd.DataFrame({"target_end": ends, "y": labels}).dropna()
-    features = bars.drop(columns=list(NOT_FEATURES)).to_numpy(np.float64)
+    features = bars.drop(columns=list(NOT_FEATURES), errors="ignore").to_numpy(np.float64)
     by_session = {"volatility": linear_forecast(log_atr(bars), y, task.kind, train)}
     by_session["last_row"], c = last_row_forecast(features, y, task.kind, train, val)
     log.info("baselines: last_row with C = %g", c)
@@ -158,7 +164,7 @@ def symbol_baselines(
     out = {"prior": prior, "climatology": climatology_forecast(known, rows["origin"], prior)}
     return out | {name: p[at] for name, p in by_session.items()}
 
-# %% ../nbs/41_baselines.ipynb #0b59f131
+# %% ../nbs/41_baselines.ipynb #f6ef95a2
 def baseline_predictions(
     task: Task,  # Owner of the labels
     bars: pd.DataFrame | dict[str, pd.DataFrame],  # SYMBOL.dataset.TIER, or symbol -> that
@@ -169,6 +175,8 @@ def baseline_predictions(
     places = rows.reset_index(drop=True).groupby(["fold", "symbol"], sort=False).indices
     out: dict[str, pd.Series] = {}
     for (_, symbol), where in places.items():
+        if isinstance(bars, dict) and symbol not in bars:
+            raise InputError("every symbol of the frame needs bars", f"none for `{symbol}`", nearest(symbol, [*bars]))
         own = bars[symbol] if isinstance(bars, dict) else bars
         for name, p in symbol_baselines(task, own, rows.iloc[where]).items():
             out.setdefault(name, pd.Series(np.nan, index=frame.index, name=name)).iloc[where] = p

@@ -44,7 +44,7 @@ def span_counts(
         counts["n_episodes"] = count_episodes(sessions[y == rare], horizon)
     return counts
 
-# %% ../nbs/13a_episodes.ipynb #c0e79760
+# %% ../nbs/13a_episodes.ipynb #7aa3da3f
 def check_enough(
     y: ArrayLike,  # Labels of one span, time order, no NaN
     horizon: int = 1,  # h, sessions
@@ -53,6 +53,8 @@ def check_enough(
     name: str = "the span",  # What to call it in the message
 ) -> dict[str, int]:  # The counts
     "Refuse a span that holds too few independent labels; raises `InputError` with the counts."
+    if horizon < 1:
+        raise InputError("`horizon` must be ≥ 1 session", horizon, "Give the number of sessions that a label spans.")
     counts = span_counts(y, horizon, kind, sessions)
     n, spans = counts["n_sessions"], counts["n_spans"]
     if n < MIN_SPANS * horizon:

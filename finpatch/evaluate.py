@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['prior_forecast', 'climatology_forecast', 'file_baselines', 'align_baselines', 'choose_baseline', 'find_alarms',
-           'evaluate_split', 'evaluate_predictions', 'add_split', 'Interval', 'check_enough', 'check_predictions',
-           'count_looks', 'infer_horizon', 'is_binary', 'load_predictions', 'mean_interval', 'plot_skill',
-           'print_table', 'record_look', 'result_frame', 'result_table', 'span_digest']
+           'evaluate_split', 'check_horizon', 'evaluate_predictions', 'clark_west', 'add_split', 'evaluate_file',
+           'Interval', 'check_enough', 'check_predictions', 'count_looks', 'infer_horizon', 'is_binary',
+           'load_predictions', 'mean_interval', 'plot_skill', 'print_table', 'record_look', 'result_frame',
+           'result_table', 'span_digest']
 
-# %% ../nbs/40_evaluate.ipynb #8518f495
+# %% ../nbs/40_evaluate.ipynb #c1eab380
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -59,7 +62,7 @@ def file_baselines(
         climatology[where] = climatology_forecast(known, rows["origin"], prior[where])
     return {"prior": prior, "climatology": climatology}
 
-# %% ../nbs/40_evaluate.ipynb #1c520e72
+# %% ../nbs/40_evaluate.ipynb #19363196
 def align_baselines(
     baselines: dict | pd.DataFrame,  # NAME -> forecasts for the rows of the frame
     frame: pd.DataFrame,  # Checked predictions
@@ -68,10 +71,11 @@ def align_baselines(
     out, scored = {}, (frame["split"] != "train").to_numpy()
     for name in baselines:
         p = baselines[name]
-        fits = p.index.equals(frame.index) if isinstance(p, pd.Series) else len(p) == len(frame)
+        if isinstance(p, pd.Series) and p.index.is_unique:  # by label, whatever the order
+            p = p.reindex(frame.index) if p.index.isin(frame.index).all() else []
         p = np.asarray(p, dtype=np.float64)
-        if not fits or not np.isfinite(p[scored]).all():
-            found = f"`{name}` with {int(np.isfinite(p).sum())} finite values for {len(frame)} rows"
+        if len(p) != len(frame) or not np.isfinite(p[scored]).all():
+            found = f"`{name}` with {int(np.isfinite(p).sum())} finite values of its own for {len(frame)} rows"
             raise InputError("a baseline must forecast every row of val and test", found, "Align it to the frame.")
         out[name] = p
     return out
@@ -123,7 +127,19 @@ def evaluate_split(
     plain = {k: {metric: value._asdict() for metric, value in scores.items()} for k, scores in metrics.items()}
     return plain, {k: value._asdict() for k, value in skill.items()}
 
-# %% ../nbs/40_evaluate.ipynb #4dc40e35
+# %% ../nbs/40_evaluate.ipynb #248f4c20
+def check_horizon(
+    frame: pd.DataFrame,  # Checked predictions
+    horizon: int | None,  # What the caller says
+) -> int:  # What to use
+    "Return the horizon, refusing one that is shorter than the file's labels."
+    found = infer_horizon(frame)
+    if horizon is not None and horizon < found:
+        rule = "`horizon` must not be shorter than the labels of the file"
+        raise InputError(rule, f"{horizon} for labels that span {found} of its sessions", "Leave it out.")
+    return found if horizon is None else horizon
+
+# %% ../nbs/40_evaluate.ipynb #99abd449
 def evaluate_predictions(
     frame: pd.DataFrame,  # Predictions, as predictions.parquet or with its five required columns
     horizon: int | None = None,  # h in sessions of the file; None: read off the file
@@ -131,17 +147,26 @@ def evaluate_predictions(
 ) -> dict:  # As result.json: val, test, baselines, skill, best_baseline, n_windows, spans, alarms
     "Score predictions on validation and test, or raise `InputError` where the file is wrong or cannot say."
     frame = check_predictions(frame)
-    horizon, binary = horizon or infer_horizon(frame), is_binary(frame)
+    horizon, binary = check_horizon(frame, horizon), is_binary(frame)
     forecasts = {"model": frame["p"].to_numpy(), **file_baselines(frame), **align_baselines(baselines or {}, frame)}
     names = [name for name in forecasts if name != "model"]
     best, chosen_on = choose_baseline(frame, {name: forecasts[name] for name in names})
     result = {"kind": "binary" if binary else "real", "horizon": horizon, "best_baseline": best, "chosen_on": chosen_on}
     result |= {"n_windows": {s: int((frame["split"] == s).sum()) for s in ("train", "val", "test")}, "spans": {}}
-    result |= {"val": {}, "test": {}, "sharpness": {}, "alarms": []}
+    result |= {"val": {}, "test": {}, "sharpness": {}, "clark_west": {}, "alarms": []}
     result |= {"baselines": {name: {} for name in names}, "skill": {name: {} for name in names}}
     for split in [s for s in ("val", "test") if (frame["split"] == s).any()]:
         add_split(result, split, frame, forecasts)
     return result
+
+
+def clark_west(
+    rows: pd.DataFrame,  # One split, checked
+    p: np.ndarray,  # Forecasts of the model
+    prior: np.ndarray,  # Forecasts of the prior, which the model contains as a special case
+) -> np.ndarray:  # One per session
+    "Return the terms of Clark and West's statistic (2007)."
+    return per_session(2 * (rows["y"].to_numpy() - prior) * (p - prior), rows)
 
 
 def add_split(result: dict, split: str, frame: pd.DataFrame, forecasts: dict[str, np.ndarray]) -> None:
@@ -153,7 +178,22 @@ def add_split(result: dict, split: str, frame: pd.DataFrame, forecasts: dict[str
     result[split] = dict([first, ("skill", skill[result["best_baseline"]]), *rest])
     for name in skill:
         result["baselines"][name][split], result["skill"][name][split] = metrics[name], skill[name]
+    terms = clark_west(rows, parts["model"], parts["prior"])
+    result["clark_west"][split] = mean_interval(terms, result["horizon"])._asdict()
     ends = {k: f"{getattr(rows['origin'], f)():%Y-%m-%d}" for k, f in (("first", "min"), ("last", "max"))}
     result["spans"][split] = {**ends, "n_sessions": rows["origin"].nunique()}
     result["sharpness"][split] = sharpness(parts["model"], rows["y"].to_numpy(), binary)
     result["alarms"] += find_alarms(split, parts["model"], result["sharpness"][split], result[split])
+
+# %% ../nbs/40_evaluate.ipynb #b70eb726
+def evaluate_file(
+    path: Path | str,  # A .csv or .parquet file of predictions
+    ledger: Path | str | None = None,  # Where looks are counted; None: not counted
+    horizon: int | None = None,  # h in sessions of the file; None: read off the file
+) -> dict:  # As `evaluate_predictions`, with n_test_looks if counted
+    "Evaluate a file of predictions and count the look at its test span."
+    frame = load_predictions(path)
+    result = evaluate_predictions(frame, horizon)
+    if ledger is not None and result["test"]:
+        result["n_test_looks"] = record_look(ledger, span_digest(frame), str(path))
+    return result

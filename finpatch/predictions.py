@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'DEFAULTS', 'COLUMNS', 'SPLITS', 'session_column', 'number_column', 'conform', 'is_binary', 'check_values',
-           'check_rows', 'overlapping_rows', 'check_splits', 'infer_horizon', 'check_predictions', 'load_predictions',
-           'span_digest']
+           'check_rows', 'overlapping_rows', 'check_splits', 'infer_horizon', 'check_predictions', 'read_text',
+           'load_predictions', 'span_digest']
 
 # %% ../nbs/39a_predictions.ipynb #a8f7b649
 from pathlib import Path
@@ -50,7 +50,7 @@ def number_column(
         raise InputError(f"`{values.name}` must be finite", found, "Drop rows without a label or a forecast.")
     return numbers
 
-# %% ../nbs/39a_predictions.ipynb #d99232b2
+# %% ../nbs/39a_predictions.ipynb #209f45cf
 def conform(
     frame: pd.DataFrame,  # Forecasts, one a row
 ) -> pd.DataFrame:  # The same rows and index with all ten columns, typed
@@ -59,7 +59,8 @@ def conform(
     if missing:
         close = nearest(missing[0], [str(c) for c in frame.columns])
         raise InputError(f"predictions need the columns {', '.join(REQUIRED)}", f"no `{missing[0]}`", close)
-    out = frame.assign(**{name: value for name, value in DEFAULTS.items() if name not in frame})
+    given = {name: frame[name].fillna(value) if name in frame else value for name, value in DEFAULTS.items()}
+    out = frame.assign(**given)
     for name in ("origin", "target_end"):
         out[name] = session_column(out[name])
     unknown = sorted(set(out["split"].astype(str)) - set(SPLITS))
@@ -143,7 +144,7 @@ def infer_horizon(
     start, end = (np.searchsorted(sessions, frame[name].to_numpy()) for name in ("origin", "target_end"))
     return max(1, int(pd.Series(end - start).mode().iloc[0]))
 
-# %% ../nbs/39a_predictions.ipynb #4f3dda6e
+# %% ../nbs/39a_predictions.ipynb #7e397e5d
 def check_predictions(
     frame: pd.DataFrame,  # Forecasts, one a row
 ) -> pd.DataFrame:  # Checked and typed, the same index
@@ -158,6 +159,11 @@ def check_predictions(
     return out
 
 
+def read_text(path: Path) -> pd.DataFrame:
+    "Read a CSV file; `NA` and `000001` are symbols, not a missing value and not the number 1."
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"symbol": str, "budget": str})
+
+
 def load_predictions(
     path: Path | str,  # A .csv or .parquet file
 ) -> pd.DataFrame:  # Checked and typed
@@ -165,7 +171,7 @@ def load_predictions(
     path = Path(path)
     if not path.is_file():
         raise NotFoundError("a predictions file must exist", f"nothing at {path}", "Check the path.")
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    readers = {".csv": read_text, ".parquet": pd.read_parquet}
     if path.suffix.lower() not in readers:
         raise InputError("predictions must be .csv or .parquet", path.name, "Convert the file.")
     try:

@@ -1,0 +1,153 @@
+"""G6, baselines. The risk: a baseline that sees the future, is fitted on other rows or labels than the model's, or is
+weaker than it looks; each would make a model's skill look better than it is, or hide that there is none.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finpatch.baselines import NOT_FEATURES, STRENGTHS, baseline_predictions, last_row_forecast, log_atr
+from finpatch.core import InputError
+from finpatch.evaluate import evaluate_predictions, losses
+from finpatch.targets import Task
+
+N, VAL, TEST = 1500, 800, 1150
+
+
+def make_bars(seed=0, n=N, memory=0.0):
+    """Return bars whose volatility remembers, with three features: a forecast of tomorrow, noise, and the ATR."""
+    rng = np.random.default_rng(seed)
+    slow = np.convolve(rng.normal(size=n + 39), np.ones(40) / np.sqrt(40), "valid")
+    sigma = 0.01 * np.exp(0.5 * slow)
+    hint = rng.normal(size=n)
+    ret = sigma * (memory * np.r_[0, hint[:-1]] + np.sqrt(1 - memory**2) * rng.normal(size=n))
+    close = 100 * np.exp(np.cumsum(ret))
+    spread = sigma * (0.5 + rng.random(n))
+    days = pd.bdate_range("2010-01-01", periods=n, name="session")
+    bars = pd.DataFrame({"Open": close, "High": close * np.exp(spread), "Low": close * np.exp(-spread)}, index=days)
+    bars = bars.assign(Close=close, Volume=1e6)
+    atr = np.exp(log_atr(bars)[:, 0])
+    features = pd.DataFrame({"hint": hint, "noise": rng.normal(size=n), "atr_14_rel": atr}, index=days)
+    return features.astype(np.float32).bfill().join(bars)
+
+
+def make_rows(task, bars, symbol="A"):
+    """Return the rows of a predictions frame: three splits, the straddlers dropped, no forecasts."""
+    h, place = task.horizon, np.arange(len(bars))
+    start = np.array([0, VAL, TEST, len(bars)])
+    split = np.searchsorted(start, place, "right") - 1
+    ends = pd.Series(bars.index, index=bars.index).shift(-h)
+    frame = pd.DataFrame({"origin": bars.index, "target_end": ends, "y": task.labels(bars), "symbol": symbol})
+    frame["split"] = np.array(["train", "val", "test"])[split]
+    inside = place + h <= start[split + 1] - (split == 2)
+    return frame[inside & frame["y"].notna()].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("task", [Task("direction"), Task("threshold_1pct", horizon=5), Task("log_range")], ids=str)
+def test_nothing_after_a_date_changes_a_forecast_at_or_before_it(task):
+    """Corrupt prices and features of the second half of the test span: labels, fits and choices before it must stay."""
+    bars = make_bars()
+    cut = 1300
+    later = bars.copy()
+    rng = np.random.default_rng(9)
+    later.iloc[cut + 1 :, :3] = rng.normal(size=(N - cut - 1, 3)).astype(np.float32)
+    later.loc[later.index[cut + 1 :], list(NOT_FEATURES)] *= 3.0
+    plain, corrupt = (baseline_predictions(task, b, make_rows(task, b)) for b in (bars, later))
+    before = make_rows(task, bars)["origin"] <= bars.index[cut]
+    for name in plain:
+        pd.testing.assert_series_equal(plain[name][before], corrupt[name][before], check_exact=True, obj=name)
+    assert (plain["last_row"][~before] != corrupt["last_row"][~before]).any()  # the corruption was real
+
+
+def test_validation_labels_choose_the_penalty_and_fit_nothing():
+    bars, task = make_bars(memory=0.3), Task("direction")
+    rows = make_rows(task, bars)
+    x, y = bars[["hint", "noise"]].to_numpy(np.float64), task.labels(bars).to_numpy()
+    train, val = (bars.index.isin(rows["origin"][rows["split"] == name]) for name in ("train", "val"))
+    flipped = np.where(val, 1 - y, y)
+    p, best = last_row_forecast(x, y, "binary", train, val)
+    q, worst = last_row_forecast(x, flipped, "binary", train, val)
+    assert best > worst == min(STRENGTHS)  # a forecast that is wrong on validation is shrunk as far as it goes
+    assert not np.array_equal(p, q)
+    same, _ = last_row_forecast(x, np.where(np.arange(N) >= TEST, 1 - y, y), "binary", train, val)
+    assert np.array_equal(p, same)
+
+
+def test_last_row_finds_what_one_row_holds():
+    """The hint explains tomorrow's sign; the Bayes loss is known from the simulation, the prior's is ln 2."""
+    memory = 0.6
+    bars, task = make_bars(memory=memory), Task("direction")
+    rows = make_rows(task, bars)
+    made = baseline_predictions(task, bars, rows)
+    test = (rows["split"] == "test").to_numpy()
+    from scipy.stats import norm
+
+    chance = norm.cdf(memory / np.sqrt(1 - memory**2) * bars["hint"].reindex(rows["origin"]).to_numpy())
+    y = rows["y"].to_numpy()
+    bayes, found = (losses(y, np.asarray(p), True)[test].mean() for p in (chance, made["last_row"]))
+    assert bayes < found < bayes + 0.02 < 0.62
+    assert losses(y, made["prior"].to_numpy(), True)[test].mean() > 0.68
+
+
+def test_volatility_and_har_beat_the_prior_where_volatility_remembers():
+    bars = make_bars()
+    for task, name in ((Task("threshold_1pct"), "volatility"), (Task("log_range"), "har")):
+        rows = make_rows(task, bars)
+        made = baseline_predictions(task, bars, rows)
+        result = evaluate_predictions(rows.assign(p=made[name]), task.horizon, made)
+        assert result["skill"]["prior"]["test"]["low"] > 0, name
+    assert "har" not in baseline_predictions(Task("direction"), bars, make_rows(Task("direction"), bars))
+
+
+def test_volatility_is_the_same_whether_the_tier_has_it_or_not():
+    bars, task = make_bars(), Task("threshold_1pct")
+    rows = make_rows(task, bars)
+    tiers = bars, bars.drop(columns="atr_14_rel")
+    with_it, without = (baseline_predictions(task, tier, rows)["volatility"] for tier in tiers)
+    scored = rows["split"] != "train"
+    np.testing.assert_allclose(without[scored], with_it[scored], atol=2e-3)  # 14 training rows less
+    assert without[scored].notna().all()
+
+
+def test_every_symbol_and_fold_by_itself():
+    task, bars = Task("direction"), {"A": make_bars(1, memory=0.4), "B": make_bars(2, memory=-0.4)}
+    parts = {symbol: make_rows(task, own, symbol) for symbol, own in bars.items()}
+    panel = pd.concat(parts.values()).sort_values(["origin", "symbol"]).reset_index(drop=True)
+    together = baseline_predictions(task, bars, panel)
+    folds = pd.concat([panel.assign(fold=0), panel.assign(fold=1)], ignore_index=True)
+    twice = baseline_predictions(task, bars, folds)
+    for symbol, rows in parts.items():
+        alone = baseline_predictions(task, bars[symbol], rows)
+        mine = (panel["symbol"] == symbol).to_numpy()
+        for name, p in alone.items():
+            np.testing.assert_array_equal(together[name][mine], p, err_msg=f"{symbol} {name}")
+            np.testing.assert_array_equal(twice[name][len(panel) :][mine], p, err_msg=f"{symbol} {name}")
+    assert evaluate_predictions(panel.assign(p=together["last_row"]), 1, together)["spans"]["test"]["n_sessions"] == 349
+
+
+def test_a_file_without_training_rows_gets_the_same_baselines():
+    """Its training sessions are those whose labels ended before the first scored origin: the run's own."""
+    task, bars = Task("threshold_1pct", horizon=5), make_bars()
+    rows = make_rows(task, bars)
+    scored = rows[rows["split"] != "train"]
+    full, bare = baseline_predictions(task, bars, rows), baseline_predictions(task, bars, scored)
+    for name in full:
+        pd.testing.assert_series_equal(full[name][scored.index], bare[name], check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t, b, r: (Task("threshold_2pct"), b, r), "labels of the frame must be those of the task"),
+        (lambda t, b, r: (t, b.assign(Close=b["Close"].shift(3).fillna(100)), r), "Low ≤ Close ≤ High"),
+        (lambda t, b, r: (t, b.iloc[100:], r), "every origin must be a session of the bars"),
+        (lambda t, b, r: (t, {"AA": b}, r), "Did you mean `AA`"),
+        (lambda t, b, r: (t, b.drop(columns="High"), r), "no High"),
+    ],
+)
+def test_bad_input_says_rule_finding_and_remedy(change, says):
+    task, bars = Task("direction"), make_bars()
+    with pytest.raises(InputError) as caught:
+        baseline_predictions(*change(task, bars, make_rows(task, bars)))
+    assert says in str(caught.value)
+    assert all(caught.value.as_dict().values())
