@@ -219,7 +219,7 @@ def load_dataset(
         rows.append(item)
     return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked)
 
-# %% ../nbs/15_dataset.ipynb #74b6eba5
+# %% ../nbs/15_dataset.ipynb #a292e8da
 def from_arrays(
     x: np.ndarray,  # (n, F) features, oldest first
     y: np.ndarray,  # (n,) labels: y[t] belongs to a decision after row t; NaN where undefined
@@ -236,7 +236,7 @@ def from_arrays(
     cut = [int(n * shares[0]) - 1, int(n * (shares[0] + shares[1])) - 1, n - 1]
     train_end, val_end, test_end = (sessions[c].date() for c in cut)
     splits = SplitsConfig(train_end=train_end, val_end=val_end, test_end=test_end, max_context=context_length)
-    task = Task.from_function("arrays", given_labels, kind, horizon=horizon)
+    task = Task("arrays", horizon, (kind, given_labels))
     names = tuple(f"x{i}" for i in range(x.shape[1]))
     rows = SymbolRows("ARRAYS", sessions, np.asarray(x, np.float32), np.asarray(y, np.float64))
     return FinancialDataset([rows], names, task, splits, context_length, is_checked=is_checked)

@@ -80,7 +80,7 @@ class OptimConfig:
         for name in ("global_batch_size", "epochs", "max_steps", "patience"):
             check_range(f"optim.{name}", getattr(self, name), 1)
 
-# %% ../nbs/14_experiment.ipynb #72abe543
+# %% ../nbs/14_experiment.ipynb #7dbca52c
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     "Everything that decides a run, but the budget."
@@ -93,14 +93,18 @@ class ExperimentConfig:
     splits: SplitsConfig
     optim: OptimConfig
     model: ModelConfig = field(default_factory=ModelConfig)
-    wandb_project: str | None = None  # None: no Weights & Biases
-    mlflow_experiment: str | None = None  # None: no MLflow
+    wandb_project: str | None = None  # Weights & Biases; refused until there is a tracker
+    mlflow_experiment: str | None = None  # MLflow; refused until there is a tracker
 
     def __post_init__(self):
         Task(self.task, horizon=self.horizon)
         check_range("seed", self.seed, 0, 2**32 - 1)
         check_range("context_length", self.context_length, self.model.patch_length, self.splits.max_context)
         check_tiers(self.dataset)
+        for name in ("wandb_project", "mlflow_experiment"):
+            if getattr(self, name) is not None:
+                rule, fix = f"`{name}` must be null: this version has no tracker", "Read metrics.jsonl in the run folder."
+                raise InputError(rule, getattr(self, name), fix)
 
     @property
     def symbols(self) -> tuple[str, ...]:

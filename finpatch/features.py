@@ -7,7 +7,7 @@ __all__ = ['SHIPPED', 'USER', 'WARMUP', 'BAR_COLUMNS', 'log', 'Feature', 'tier_f
            'adjusted_bars', 'compute_features', 'run_feature', 'feature', 'refuse_leak', 'code_sha256', 'names_used',
            'refuse_undefined', 'build_dataset']
 
-# %% ../nbs/12_features.ipynb #9ac2b7f8
+# %% ../nbs/12_features.ipynb #d3fc61e0
 import hashlib
 import inspect
 import logging
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .adjust import forward_adjust
-from .causal import Leak, check_causal, random_bars
+from .causal import check_causal, random_bars, telling_cuts
 from .core import InputError, nearest
 from .indicators import A20, RAW6, a20, raw6, stale_opens
 from .manifest import find_entry, load_frame, store_processed, verify
@@ -107,7 +107,7 @@ def run_feature(
         raise InputError("a feature returns a Series with one value per bar", type(values).__name__, "Keep the index of the bars.")
     return values.astype(np.float64)
 
-# %% ../nbs/12_features.ipynb #f638806c
+# %% ../nbs/12_features.ipynb #2ddf02a4
 def feature(
     name: str,  # Column name: lower case, digits, underscores
     unit: str,  # Of the number
@@ -142,8 +142,7 @@ def refuse_leak(
 ) -> None:
     "Raise if a function looks ahead, or needs more warm-up than it says."
     bars = random_bars(max(600, 2 * warmup + 200))
-    cuts = np.random.default_rng(0).permutation(np.arange(min(warmup, 300), len(bars)))[:24]
-    leaks = check_causal(lambda frame: run_feature(fn, frame), bars, cuts)
+    leaks = check_causal(lambda frame: run_feature(fn, frame), bars, telling_cuts(bars, min(warmup, 300)))
     if leaks:
         first = min(leaks, key=lambda leak: leak.row)
         found = f"`{fn.__name__}`, whose row {first.row:%Y-%m-%d} went from {first.expected:.6g} to {first.found:.6g}"

@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'RULES', 'check_prices', 'ahead', 'label_direction', 'l
            'label_log_range', 'task_names', 'Task', 'check_labels', 'parse_task', 'own_task', 'count_episodes',
            'class_balance']
 
-# %% ../nbs/13_targets.ipynb #ad263eff
+# %% ../nbs/13_targets.ipynb #cc862406
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .adjust import forward_adjust
-from .causal import check_causal, random_bars
+from .causal import check_causal, random_bars, telling_cuts
 from .core import InputError, nearest
 from .indicators import TIE, trailing_sigma
 from .kinds import KINDS, Learnable
@@ -145,7 +145,7 @@ def parse_task(
     name, dot, tail = text.rpartition(".h")
     return Task(name, int(tail)) if dot and tail.isdecimal() else Task(text)
 
-# %% ../nbs/13_targets.ipynb #f0d30022
+# %% ../nbs/13_targets.ipynb #a59bbc09
 def own_task(
     name: str,  # Not one of `task_names()`
     fn: Callable,  # (prices, horizon) -> Series of labels, NaN where undefined
@@ -159,8 +159,7 @@ def own_task(
         raise InputError("`kind` must be binary or real", f"`{kind}`", nearest(str(kind), list(KINDS)))
     task, bars = Task(name, horizon, (kind, fn)), random_bars(300 + 4 * horizon)
     task.labels(bars)
-    cuts = np.random.default_rng(0).integers(50, len(bars), 16)
-    leaks = check_causal(lambda prices: fn(prices, horizon).shift(horizon), bars, cuts)
+    leaks = check_causal(lambda prices: fn(prices, horizon).shift(horizon), bars, telling_cuts(bars, 100))
     if leaks:
         day = bars.index[bars.index.get_loc(leaks[0].row) - horizon]
         raise InputError(f"a label looks at most {horizon} sessions ahead, its horizon", f"`{name}`, which on {day:%Y-%m-%d} looks further",

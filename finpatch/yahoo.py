@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOST', 'FIRST_DAY', 'ALTERNATIVES', 'log', 'import_yfinance', 'ask_yfinance', 'is_reachable', 'is_rate_limit',
-           'is_final', 'explain', 'fetch_yahoo']
+           'is_final', 'describe', 'explain', 'fetch_yahoo']
 
 # %% ../nbs/10d_yahoo.ipynb #a141d80f
 import logging
@@ -73,7 +73,7 @@ def is_reachable(
     probe.join(timeout_s)
     return answers == [True]
 
-# %% ../nbs/10d_yahoo.ipynb #76ec9ff0
+# %% ../nbs/10d_yahoo.ipynb #6706ad30
 def is_rate_limit(error: Exception) -> bool:
     "Tell whether the vendor asks us to stop."
     return type(error).__name__ == "YFRateLimitError" or "Too Many Requests" in str(error) or bool(re.search(r"\b429\b", str(error)))
@@ -85,6 +85,11 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, InputError) or is_rate_limit(error) or unknown
 
 
+def describe(error: Exception) -> str:
+    "Say what failed, on one line."
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def explain(
     symbol: str,  # What was asked for
     error: Exception,  # The last failure
@@ -93,12 +98,12 @@ def explain(
     "Turn the last failure into rule, finding and remedy."
     if isinstance(error, InputError):
         return error
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    found = f"{describe(error)} ({n_tries} {'try' if n_tries == 1 else 'tries'})"
     wait = "Wait an hour: more requests prolong the limit. " if is_rate_limit(error) else ""
     spell = "Check the symbol as Yahoo spells it. " if is_final(error) and not wait else ""
-    return InputError(f"Yahoo must answer for `{symbol}`", f"{text} ({n_tries} {'try' if n_tries == 1 else 'tries'})", wait + spell + ALTERNATIVES)
+    return InputError(f"Yahoo must answer for `{symbol}`", found, wait + spell + ALTERNATIVES)
 
-# %% ../nbs/10d_yahoo.ipynb #267233c4
+# %% ../nbs/10d_yahoo.ipynb #545b1a64
 def fetch_yahoo(
     symbol: str,  # As Yahoo spells it
     start: str | None = None,  # First date, inclusive; None is all there is
@@ -125,5 +130,5 @@ def fetch_yahoo(
             error = caught
         if is_final(error) or i + 1 == n_tries:
             raise explain(symbol, error, i + 1) from error
-        log.warning("Yahoo, try %d of %d for %s: %s. Waiting %d s.", i + 1, n_tries, symbol, error, 2**i)
+        log.warning("Yahoo, try %d of %d for %s: %s. Waiting %d s.", i + 1, n_tries, symbol, describe(error), 2**i)
         sleep(2**i)

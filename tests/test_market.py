@@ -115,6 +115,10 @@ def test_several_errors_are_told_together():
     assert "accept" not in caught.value.remedy  # one of the two cannot be accepted
 
 
+def test_newest_first_is_only_a_matter_of_order():
+    assert [f.name for f in validate_ohlcv(BARS[::-1], now=NOON)] == ["order"]
+
+
 def test_only_the_first_dates_are_listed():
     finding = validate_ohlcv(BARS.drop(BARS.index[10:30]), now=NOON)[0]
     assert (finding.n, len(finding.dates), finding.dates[0]) == (20, 5, f"{BARS.index[10]:%Y-%m-%d}")
