@@ -51,7 +51,10 @@ def test_nothing_after_a_date_changes_a_forecast_at_or_before_it(task):
     later = bars.copy()
     rng = np.random.default_rng(9)
     later.iloc[cut + 1 :, :3] = rng.normal(size=(N - cut - 1, 3)).astype(np.float32)
-    later.loc[later.index[cut + 1 :], list(NOT_FEATURES)] *= 3.0
+    tail = later.index[cut + 1 :]
+    for name in NOT_FEATURES:
+        later.loc[tail, name] *= np.exp(np.random.default_rng(10).normal(0, 0.1, len(tail)))  # one factor a session
+    later.loc[tail, "High"] *= np.exp(rng.random(len(tail)))
     plain, corrupt = (baseline_predictions(task, b, make_rows(task, b)) for b in (bars, later))
     before = make_rows(task, bars)["origin"] <= bars.index[cut]
     for name in plain:
