@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from finpatch.core import InputError, file_digest
-from finpatch.digest import write_frame
+from finpatch.digest import read_frame, write_frame
 from finpatch.manifest import (
     content_sha256,
     find_entry,
@@ -204,6 +204,34 @@ def test_nothing_is_written_to_an_edited_manifest(data):
 def test_a_manifest_that_is_gone_leaves_unregistered_files(data):
     (data / "processed" / "manifest.json").unlink()
     assert problems(verify(data)) == [("unregistered", find_path(DATASET)), ("unregistered", find_path(FEATURES))]
+
+
+# ---- the digest, which other machines have to reach too
+
+
+def test_the_digest_of_a_content_never_changes():
+    "Computed with pandas 2.2 and pyarrow 17, and again with pandas 3.1 and pyarrow 26."
+    days = pd.to_datetime(["1999-01-04", "1999-01-05", "2018-12-31"])
+    columns = {
+        "Close": [1228.1, 1244.78, np.nan],
+        "rsi_14": np.array([0.5, np.inf, -0.0], "float32"),
+        "n": [1, 2, 3],
+        "is_stale": [True, False, True],
+        "symbol": ["SP500", "é", ""],
+        "seen": days,
+    }
+    frame = pd.DataFrame(columns, index=days)
+    assert content_sha256(frame) == "6a788c679b93fac53cedb774f9a7e4a65d06cf6a201bb11968c8c604fc5813bf"
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_the_digest_knows_no_storage(tmp_path, unit):
+    bars = make_bars()
+    bars.index = bars.index.as_unit(unit)
+    for options in ({"compression": "zstd"}, {"use_dictionary": False}, {"data_page_version": "2.0"}):
+        bars.to_parquet(tmp_path / "bars.parquet", **options)
+        assert content_sha256(read_frame(tmp_path / "bars.parquet")) == content_sha256(make_bars())
+    assert content_sha256(bars.astype(">f8")) == content_sha256(bars)
 
 
 # ---- versions
