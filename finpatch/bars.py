@@ -80,7 +80,7 @@ def tidy_name(name: object) -> str:
     key = "".join(c for c in str(name).lower() if c.isalnum())
     return ALIASES.get(key, str(name))
 
-# %% ../nbs/10e_bars.ipynb #49847205
+# %% ../nbs/10e_bars.ipynb #6eb047e4
 def parse_text(
     dates: pd.Index,  # Text, or numbers such as 20240102
 ) -> pd.DatetimeIndex:
@@ -88,7 +88,6 @@ def parse_text(
     text = dates.astype(str).str.strip().str.replace(r"(?<=\d)[T ]\d\d:\d\d.*$", "", regex=True)
     known = text[dates.notna()]
     form = guess_datetime_format(known[0]) if len(known) else None
-    form = "%Y%m%d" if pd.api.types.is_numeric_dtype(dates) else form
     parsed = pd.to_datetime(text, format=form, errors="coerce") if form else pd.DatetimeIndex([pd.NaT] * len(text))
     if parsed.hasnans:
         row = int(np.argmax(parsed.isna()))

@@ -329,6 +329,21 @@ def test_only_clean_data_is_written_and_the_manifest_knows_what_was_accepted(tmp
     assert source["findings"][0]["dates"] == [DAY] and set(source["content_sha256"]) == {"prices", "adj_close"}
 
 
+@pytest.mark.parametrize("wrong", [{"accept": ["missing_sesions"]}, {"calendar": "XNYSE"}, {"start": "soon"}])
+def test_a_misspelt_argument_costs_no_download(wrong):
+    asked = []
+    with pytest.raises(InputError):
+        load_ohlcv("SPY", "yahoo", fetch=lambda *question: asked.append(question), **wrong)
+    assert asked == []
+
+
+def test_null_bar_of_a_holiday_is_no_extra_session(tmp_path):
+    holiday = BARS.tail(1).set_axis(pd.DatetimeIndex(["2018-02-19"]), axis=0) * np.nan
+    pd.concat([BARS, holiday]).sort_index().to_csv(tmp_path / "holiday.csv")
+    bars = load_ohlcv("X", "file", path=tmp_path / "holiday.csv", accept="null_bars", now=NOON)
+    pd.testing.assert_frame_equal(bars, BARS, check_freq=False, check_names=False)
+
+
 def test_accepted_null_bars_are_dropped(tmp_path):
     CASES["null_bars"][0].to_csv(tmp_path / "null.csv")
     bars = load_ohlcv("X", "file", path=tmp_path / "null.csv", accept="null_bars", now=NOON)
