@@ -105,11 +105,11 @@ def width(
     a, b, c = 12 * n_layers, 13 * n_layers + slope, constant - n_params
     return (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
 
-# %% ../nbs/21_budget.ipynb #41b53d58
+# %% ../nbs/21_budget.ipynb #3f3a9679
 def widths(target: float) -> list[tuple[int, ...]]:  # Groups, the first that fits wins
     "Return the widths to try: both neighbours of the solution among the multiples of each step."
     first = 64 if target >= 512 else 32 if target >= 256 else 16 if target >= 128 else 8
-    below = [(int(target // step) * step, step) for step in (first, 8, 4, 2, 1)]
+    below = [(int(target // step) * step, step) for step in (first, 8, 1)]
     return [tuple(d for d in (low, low + step) if d) for low, step in below]
 
 # %% ../nbs/21_budget.ipynb #283cde4b
@@ -119,13 +119,13 @@ def heads(d_model: int) -> int:
     divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
     return min(divisors, key=lambda n: (abs(math.log(d_model / n / size)), -n))
 
-# %% ../nbs/21_budget.ipynb #0c7b3bb2
+# %% ../nbs/21_budget.ipynb #45dd37e8
 def is_well_shaped(config: PatchTSTConfig, size: int) -> bool:
     "Tell whether an architecture meets a size within 2 % and the rule's proportions."
     ratio, error = config.d_ff / config.d_model, sum(closed_form(config).values()) / size - 1
     if abs(error) > 0.02:
         return False
-    return 2 <= ratio <= 7 and 8 <= config.d_model / config.n_layers <= 128 if size > 20_000 else ratio >= 0.25
+    return 2 <= ratio <= 7 and 8 <= config.d_model / config.n_layers <= 128 if size > 20_000 else ratio >= 0.5
 
 # %% ../nbs/21_budget.ipynb #a854d04e
 def fit_width(size: int, base: PatchTSTConfig, d_model: int) -> PatchTSTConfig:
