@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'UNITS', 'count_parameters', 'count_parameters_by_part', 'Budget', 'parse_budget', 'is_model_file',
-           'check_budget', 'depth', 'width', 'heads', 'fit_width', 'solve_budget', 'read_model_file',
-           'load_patchtst_config', 'describe_budgets']
+           'check_budget', 'depth', 'width', 'widths', 'heads', 'is_well_shaped', 'fit_width', 'search_width',
+           'solve_budget', 'read_model_file', 'agree', 'load_patchtst_config', 'describe_config', 'describe_budgets']
 
-# %% ../nbs/21_budget.ipynb #66e39cc8
+# %% ../nbs/21_budget.ipynb #25c97ccf
 import math
 import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -21,14 +21,17 @@ from .core import InputError, NotFoundError
 from .cost import PARTS, closed_form, flops_per_sample, per_width, train_bytes, train_bytes_by_part
 from .model_config import PatchTSTConfig, check_names, config_from_dict
 
-# %% ../nbs/21_budget.ipynb #46a1ff13
+if TYPE_CHECKING:
+    import torch
+
+# %% ../nbs/21_budget.ipynb #d56cf759
 def count_parameters(
     model: "torch.nn.Module",  # Any model
 ) -> int:  # Trainable parameters
     "Count the trainable parameters of a model."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-
+# %% ../nbs/21_budget.ipynb #f7e70ef9
 def count_parameters_by_part(
     model: "torch.nn.Module",  # A PatchTST
 ) -> dict[str, int]:  # Part to count; sums to `count_parameters`
@@ -39,7 +42,7 @@ def count_parameters_by_part(
         counts[part] = counts.get(part, 0) + p.numel() * p.requires_grad
     return counts
 
-# %% ../nbs/21_budget.ipynb #9eb53ae6
+# %% ../nbs/21_budget.ipynb #e610ca75
 PRESETS = {"2m": 2_000_000, "20m": 20_000_000, "200m": 200_000_000}
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -51,7 +54,7 @@ class Budget(NamedTuple):
     n_params: int  # The size it names
     tolerance: float  # Relative
 
-
+# %% ../nbs/21_budget.ipynb #1c7974b6
 def parse_budget(
     name: str | int | float,  # e.g. "2m", "20k", "1.5m", 1_500_000
 ) -> Budget:
@@ -62,18 +65,16 @@ def parse_budget(
     match = re.fullmatch(r"(\d+(?:\.\d*)?)([kmb]?)", text)
     size = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if not 1_000 <= size <= 2_000_000_000:
-        raise InputError(
-            "a budget must be 2m, 20m, 200m, a number from 1k to 2b (`20k`, `1.5m`) or a model file (.yaml)",
-            repr(name), "Write it like `1.5m`.",
-        )  # fmt: skip
+        rule = "a budget must be 2m, 20m, 200m, a number from 1k to 2b (`20k`, `1.5m`) or a model file (.yaml)"
+        raise InputError(rule, repr(name), "Write it like `1.5m`.")
     return Budget(text, size, 0.02)
 
-# %% ../nbs/21_budget.ipynb #19caa692
+# %% ../nbs/21_budget.ipynb #2c644889
 def is_model_file(name: str | int | float) -> bool:
     "Tell a model file from the name of a size."
     return str(name).lower().endswith((".yaml", ".yml"))
 
-
+# %% ../nbs/21_budget.ipynb #32e40955
 def check_budget(
     name: str | int | float,  # The budget that was asked for
     n_params: int,  # Counted on the model that will be trained
@@ -84,17 +85,16 @@ def check_budget(
     budget = parse_budget(name)
     error = n_params / budget.n_params - 1
     if abs(error) > budget.tolerance:
-        raise InputError(
-            f"budget `{budget.name}` means {budget.n_params:,} trainable parameters ± {budget.tolerance:.0%}",
-            f"{n_params:,} ({error:+.1%})", f"Change the model, or name its size: `{n_params / 1e6:.3g}m`.",
-        )  # fmt: skip
+        rule = f"budget `{budget.name}` means {budget.n_params:,} trainable parameters ± {budget.tolerance:.0%}"
+        remedy = f"Change the model, or name its size: `{n_params}`."
+        raise InputError(rule, f"{n_params:,} ({error:+.1%})", remedy)
 
-# %% ../nbs/21_budget.ipynb #9954380a
+# %% ../nbs/21_budget.ipynb #ec9900a8
 def depth(n_params: float) -> int:  # Layers
     "Return the depth for a size: doubled per decade, 4 at two million."
     return max(1, round(4 * 2 ** math.log10(n_params / 2e6)))
 
-
+# %% ../nbs/21_budget.ipynb #6caef1bc
 def width(
     n_params: float,  # The size to reach
     n_layers: int,  # L
@@ -105,55 +105,65 @@ def width(
     a, b, c = 12 * n_layers, 13 * n_layers + slope, constant - n_params
     return (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
 
+# %% ../nbs/21_budget.ipynb #41b53d58
+def widths(target: float) -> list[tuple[int, ...]]:  # Groups, the first that fits wins
+    "Return the widths to try: both neighbours of the solution among the multiples of each step."
+    first = 64 if target >= 512 else 32 if target >= 256 else 16 if target >= 128 else 8
+    below = [(int(target // step) * step, step) for step in (first, 8, 4, 2, 1)]
+    return [tuple(d for d in (low, low + step) if d) for low, step in below]
 
+# %% ../nbs/21_budget.ipynb #283cde4b
 def heads(d_model: int) -> int:
     "Return the divisor of D whose head size is closest to 64, 32 or 16, by ratio; in a tie, the larger."
     size = 64 if d_model >= 512 else 32 if d_model >= 128 else 16
     divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
     return min(divisors, key=lambda n: (abs(math.log(d_model / n / size)), -n))
 
-# %% ../nbs/21_budget.ipynb #dd6d7168
-def fit_width(
-    budget: int,  # The size to reach
-    base: PatchTSTConfig,  # Everything but the size
-    d_model: int,  # A width to try
-) -> PatchTSTConfig | None:
-    "Close the gap with d_ff; None if the rule or the tolerance is broken."
-    n_layers = depth(budget)
-    start = replace(base, d_model=d_model, n_heads=heads(d_model), n_layers=n_layers, d_ff=1)
-    gap = budget - sum(closed_form(start).values())
-    config = replace(start, d_ff=max(1, 1 + round(gap / (n_layers * (2 * d_model + 1)))))
-    ratio, n_params = config.d_ff / d_model, sum(closed_form(config).values())
-    is_shaped = 2 <= ratio <= 7 and 8 <= d_model / n_layers <= 128 if budget > 20_000 else ratio >= 0.25
-    return config if is_shaped and abs(n_params / budget - 1) <= 0.02 else None
+# %% ../nbs/21_budget.ipynb #0c7b3bb2
+def is_well_shaped(config: PatchTSTConfig, size: int) -> bool:
+    "Tell whether an architecture meets a size within 2 % and the rule's proportions."
+    ratio, error = config.d_ff / config.d_model, sum(closed_form(config).values()) / size - 1
+    if abs(error) > 0.02:
+        return False
+    return 2 <= ratio <= 7 and 8 <= config.d_model / config.n_layers <= 128 if size > 20_000 else ratio >= 0.25
 
+# %% ../nbs/21_budget.ipynb #a854d04e
+def fit_width(size: int, base: PatchTSTConfig, d_model: int) -> PatchTSTConfig:
+    "Return `base` at this width, with the depth and heads of the rule, and d_ff as close to the size as it gets."
+    start = replace(base, d_model=d_model, n_heads=heads(d_model), n_layers=depth(size), d_ff=1)
+    gap = size - sum(closed_form(start).values())
+    return replace(start, d_ff=max(1, 1 + round(gap / (start.n_layers * (2 * d_model + 1)))))
 
+# %% ../nbs/21_budget.ipynb #0d702c3e
+def search_width(size: int, base: PatchTSTConfig) -> PatchTSTConfig:
+    "Return the first architecture that fits, trying the widths in order."
+    slopes, constants = per_width(base)
+    target = width(size, depth(size), sum(slopes.values()), min(size, sum(constants.values())))
+    for group in widths(target):
+        fits = [c for d in group if is_well_shaped(c := fit_width(size, base, d), size)]
+        if fits:
+            return min(fits, key=lambda c: abs(math.log(c.d_ff / c.d_model / 4)))
+    found = f"{size:,} parameters for {base.n_features} features and {base.n_patches} patches"
+    raise InputError("a budget must leave room for an encoder", found, "Raise the budget or shrink the input.")
+
+# %% ../nbs/21_budget.ipynb #f0c17fd8
 def solve_budget(
-    n_params: int,  # From 1,000 to 2,000,000,000
+    n_params: int | str,  # From 1,000 to 2,000,000,000, or its name
     n_features: int = 20,  # F
     context_length: int = 60,  # T
     **fields: object,  # Other fields of `PatchTSTConfig`, except the four that are solved for
 ) -> PatchTSTConfig:  # Within 2 % of the size
     "Return the architecture that the rule gives for a size."
-    size = parse_budget(n_params if isinstance(n_params, str) else int(n_params)).n_params
     check_names(fields)
     if taken := sorted({"d_model", "n_heads", "n_layers", "d_ff"} & set(fields)):
-        raise InputError("a solved budget chooses width, depth and heads", f"`{taken[0]}`", "Use a preset or a model file.")
+        remedy = "Use a preset or a model file."
+        raise InputError("a solved budget chooses width, depth and heads itself", f"`{taken[0]}`", remedy)
     base = PatchTSTConfig(n_features=n_features, context_length=context_length, **fields)
-    slopes, constants = per_width(base)
-    target = width(size, depth(size), sum(slopes.values()), min(size, sum(constants.values())))
-    first = 64 if target >= 512 else 32 if target >= 256 else 16 if target >= 128 else 8
-    for step in (first, 8, 4, 2, 1):
-        below = int(target // step) * step
-        fits = [c for d in (below, below + step) if d and (c := fit_width(size, base, d))]
-        if fits:
-            return min(fits, key=lambda c: abs(math.log(c.d_ff / c.d_model / 4)))
-    found = f"{size:,} parameters for {n_features} features and {base.n_patches} patches"
-    raise InputError("a budget must leave room for an encoder", found, "Raise the budget or shrink the input.")
+    return search_width(parse_budget(n_params).n_params, base)
 
-# %% ../nbs/21_budget.ipynb #67a93486
+# %% ../nbs/21_budget.ipynb #ce34dc97
 def read_model_file(path: object) -> dict:  # path: a Path, or a file inside the package
-    "Read a model's YAML file as a mapping."
+    "Read a model's YAML file as a mapping of known fields."
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,31 +171,48 @@ def read_model_file(path: object) -> dict:  # path: a Path, or a file inside the
     except yaml.YAMLError as error:
         raise InputError("a model file must be YAML", f"{path}: {' '.join(str(error).split())}", "Correct it.") from None
     if not isinstance(values, dict):
-        raise InputError("a model file must map fields to values", f"{path}: {type(values).__name__}", "See the presets.")
+        found = f"{path}: {type(values).__name__}"
+        raise InputError("a model file must map fields to values", found, "Write `field: value` lines.")
     check_names(values)
     return values
 
+# %% ../nbs/21_budget.ipynb #3e68287d
+def agree(values: dict, shape: dict, name: object) -> dict:  # `values` with the shape added
+    "Give a model's values the shape of the data, refusing another one."
+    for key, value in shape.items():
+        if values.get(key, value) != value:
+            found = f"{values[key]} against {value}"
+            raise InputError(f"`{key}` of {name} must equal the data's", found, f"Remove `{key}` from the file.")
+    return values | shape
 
+# %% ../nbs/21_budget.ipynb #5f88a6c5
 def load_patchtst_config(
-    budget: str | int | float,  # "2m", "20m", "200m", a number like "1.5m", or a YAML file
+    budget: str | int | float | Path,  # "2m", "20m", "200m", a number like "1.5m", or a YAML file
     n_features: int = 20,  # F, from the dataset
     context_length: int = 60,  # T, from the experiment
     **overrides: object,  # Other fields of `PatchTSTConfig`, e.g. dropout=0.2
 ) -> PatchTSTConfig:
     "Return the config of a budget for an input."
     check_names(overrides)
+    if is_model_file(budget):
+        values = read_model_file(Path(budget))
+    elif (name := parse_budget(budget).name) in PRESETS:
+        values = read_model_file(files("finpatch") / "configs" / "model" / f"patchtst_{name}.yaml")
+    else:
+        return solve_budget(name, n_features, context_length, **overrides)
     shape = {"n_features": n_features, "context_length": context_length}
-    is_file = is_model_file(budget)
-    if not is_file and (name := parse_budget(budget).name) not in PRESETS:
-        return solve_budget(name, **shape, **overrides)
-    preset = None if is_file else files("finpatch") / "configs" / "model" / f"patchtst_{name}.yaml"
-    values = read_model_file(preset or Path(budget))
-    for key, value in shape.items():
-        if values.get(key, value) != value:
-            raise InputError(f"`{key}` of {budget} must equal the data's", f"{values[key]} against {value}", "Drop it there.")
-    return config_from_dict(values | shape | overrides)
+    return config_from_dict(agree(values, shape, budget) | overrides)
 
-# %% ../nbs/21_budget.ipynb #70f59f6f
+# %% ../nbs/21_budget.ipynb #88915bc8
+def describe_config(config: PatchTSTConfig, micro_batch_size: int) -> dict:
+    "Return size, architecture and cost of one model."
+    parts, memory = closed_form(config), train_bytes_by_part(config, micro_batch_size)
+    size = {"n_params": sum(parts.values()), "n_params_by_part": parts}
+    shape = {name: getattr(config, name) for name in ("d_model", "n_heads", "n_layers", "d_ff")}
+    flops = {"flops_per_sample": flops_per_sample(config), "train_flops_per_sample": flops_per_sample(config, True)}
+    return size | shape | flops | {"train_bytes": train_bytes(config, micro_batch_size), "train_bytes_by_part": memory}
+
+# %% ../nbs/21_budget.ipynb #e30d78b7
 def describe_budgets(
     names: list[str],  # Budgets or model files
     n_features: int = 20,  # F
@@ -193,15 +220,6 @@ def describe_budgets(
     micro_batch_size: int = 64,  # For `train_bytes`
 ) -> dict:  # {"budgets": {name: {...}}}
     "Return size, architecture and cost of budgets, ready for JSON."
-    budgets = {}
-    for name in names:
-        config = load_patchtst_config(name, n_features, context_length)
-        parts = closed_form(config)
-        budgets[str(name)] = {
-            "n_params": sum(parts.values()), "n_params_by_part": parts,
-            "d_model": config.d_model, "n_heads": config.n_heads, "n_layers": config.n_layers, "d_ff": config.d_ff,
-            "flops_per_sample": flops_per_sample(config), "train_flops_per_sample": flops_per_sample(config, training=True),
-            "train_bytes": train_bytes(config, micro_batch_size),
-            "train_bytes_by_part": train_bytes_by_part(config, micro_batch_size),
-        }  # fmt: skip
-    return {"schema_version": 1, "micro_batch_size": micro_batch_size, "budgets": budgets}
+    configs = {str(name): load_patchtst_config(name, n_features, context_length) for name in names}
+    rows = {name: describe_config(config, micro_batch_size) for name, config in configs.items()}
+    return {"schema_version": 1, "micro_batch_size": micro_batch_size, "budgets": rows}

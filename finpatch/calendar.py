@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import InputError, nearest
 
-# %% ../nbs/10b_calendar.ipynb #818fbd77
+# %% ../nbs/10b_calendar.ipynb #c5f05734
 def check_calendar(
     name: str,  # e.g. XNYS, 24/7 or none
 ) -> None:
@@ -26,7 +26,7 @@ def check_calendar(
         hint = hint if hint.startswith("Did") else "Common ones: XNYS, XNAS, XLON, XTKS, 24/7, none."
         raise InputError("`calendar` must be `none` or a name that exchange_calendars knows", f"`{name}`", hint)
 
-
+# %% ../nbs/10b_calendar.ipynb #e0ebc4cc
 @lru_cache(maxsize=32)
 def build_exchange(name: str, start: str, end: str) -> object:
     "Build a calendar; keep it, since that takes a fifth of a second."
@@ -34,7 +34,7 @@ def build_exchange(name: str, start: str, end: str) -> object:
 
     return exchange_calendars.get_calendar(name, start=start, end=end)
 
-
+# %% ../nbs/10b_calendar.ipynb #52be54e5
 def get_exchange(
     name: str,  # A calendar, not `none`
     first: pd.Timestamp,  # First date of interest, tz-naive
@@ -65,7 +65,7 @@ def sessions_between(
     sessions = get_exchange(name, first, last).sessions
     return sessions[(sessions >= first) & (sessions <= last)].as_unit("ns")
 
-# %% ../nbs/10b_calendar.ipynb #8fd4d3ad
+# %% ../nbs/10b_calendar.ipynb #efa3f4b1
 def close_time(
     session: pd.Timestamp,  # A date, tz-naive
     name: str,  # A calendar
@@ -77,7 +77,7 @@ def close_time(
             return exchange.session_close(session.normalize())
     return session.normalize().tz_localize("UTC") + pd.Timedelta(days=1)
 
-
+# %% ../nbs/10b_calendar.ipynb #82d99ff2
 def unfinished(
     index: pd.DatetimeIndex,  # Sessions, tz-naive
     name: str,  # A calendar

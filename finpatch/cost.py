@@ -8,10 +8,10 @@ __all__ = ['PARTS', 'per_width', 'closed_form', 'flops_per_sample', 'activation_
 # %% ../nbs/20b_cost.ipynb #c9a8fa45
 from .model_config import PatchTSTConfig
 
-# %% ../nbs/20b_cost.ipynb #c70c9374
+# %% ../nbs/20b_cost.ipynb #3407587c
 PARTS = ("patching", "positions", "encoder", "norm", "head")
 
-
+# %% ../nbs/20b_cost.ipynb #bc7484c0
 def per_width(config: PatchTSTConfig) -> tuple[dict[str, int], dict[str, int]]:
     "Return, by part outside the encoder, the parameters per unit of D and those that do not depend on D."
     c, n_outputs = config, config.n_outputs
@@ -25,7 +25,7 @@ def per_width(config: PatchTSTConfig) -> tuple[dict[str, int], dict[str, int]]:
     }
     return slopes, {"head": n_outputs, "revin": 2 * c.n_features * c.revin_affine}
 
-
+# %% ../nbs/20b_cost.ipynb #2c1040f5
 def closed_form(
     config: PatchTSTConfig,  # The architecture
 ) -> dict[str, int]:  # The same keys and counts as `count_parameters_by_part`
@@ -49,7 +49,7 @@ def flops_per_sample(
     products = rows * (slopes["patching"] - 1) * c.d_model + c.n_layers * layer + head
     return 2 * products * (3 if training else 1)
 
-# %% ../nbs/20b_cost.ipynb #18314c86
+# %% ../nbs/20b_cost.ipynb #9fb35000
 def activation_floats(
     config: PatchTSTConfig,  # The architecture
     micro_batch_size: int,  # B
@@ -65,7 +65,7 @@ def activation_floats(
     window = micro_batch_size * c.context_length * c.n_features * c.revin_affine
     return rows * (c.n_layers * layer + ends + stats * c.final_norm) + window
 
-
+# %% ../nbs/20b_cost.ipynb #6aaffaac
 def train_bytes_by_part(
     config: PatchTSTConfig,  # The architecture
     micro_batch_size: int = 64,  # B
@@ -75,10 +75,7 @@ def train_bytes_by_part(
     activations = 4 * activation_floats(config, micro_batch_size)
     return {"weights": 4 * n_params, "gradients": 4 * n_params, "optimizer": 8 * n_params, "activations": activations}
 
-
-def train_bytes(
-    config: PatchTSTConfig,  # The architecture
-    micro_batch_size: int = 64,  # B
-) -> int:  # Bytes
+# %% ../nbs/20b_cost.ipynb #dce39ec4
+def train_bytes(config: PatchTSTConfig, micro_batch_size: int = 64) -> int:  # Bytes
     "Return the sum of `train_bytes_by_part`."
     return sum(train_bytes_by_part(config, micro_batch_size).values())

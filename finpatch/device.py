@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'GIB', 'is_available', 'choose_device', 'seed_everything', 'peak_mem_gib', 'read_memory',
-           'describe_machine', 'probe', 'check_parity']
+           'describe_machine', 'probe', 'check_parity', 'trusted_device']
 
 # %% ../nbs/22_device.ipynb #0be65f1a
 import os
@@ -112,3 +112,12 @@ def check_parity(
             if not error <= worst:  # also true for NaN
                 worst, where = error, name
     return {"is_ok": worst <= tolerance, "worst": worst, "where": where, "tolerance": tolerance}
+
+# %% ../nbs/22_device.ipynb #208042cb
+def trusted_device(name: str) -> torch.device:
+    "Choose a device; one that is not the CPU must first compute what the CPU computes."
+    device = choose_device(name)
+    if device.type != "cpu" and not (parity := check_parity(device))["is_ok"]:
+        found = f"a relative difference of {parity['worst']:.1e} in {parity['where']}"
+        raise HardwareError(f"{device} must compute what the CPU computes", found, "Use `--device cpu`.")
+    return device

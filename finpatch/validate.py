@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIX', 'CHECKS', 'ACCEPTABLE', 'N_DATES', 'PRICES', 'COLUMNS', 'RTOL', 'JUMP', 'NEAR', 'SPLITS', 'STALE_SHARE',
-           'Check', 'Finding', 'make_finding', 'find_form', 'find_values', 'find_sessions', 'split_name', 'find_jumps',
-           'stale_opens', 'find_habits', 'validate_ohlcv', 'refuse_unaccepted']
+           'Check', 'Finding', 'make_finding', 'find_columns', 'find_index', 'find_form', 'is_within', 'find_values',
+           'find_sessions', 'split_name', 'find_jumps', 'stale_opens', 'find_habits', 'validate_ohlcv', 'check_accept',
+           'refuse_unaccepted']
 
-# %% ../nbs/10c_validate.ipynb #9b13abb6
+# %% ../nbs/10c_validate.ipynb #2c2084e6
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import pandas as pd
 from .calendar import check_calendar, sessions_between, unfinished
 from .core import InputError, nearest
 
-# %% ../nbs/10c_validate.ipynb #aff818fb
+# %% ../nbs/10c_validate.ipynb #6f9772b1
 class Check(NamedTuple):
     "A rule about bars."
 
@@ -28,7 +29,7 @@ class Check(NamedTuple):
     severity: str = "error"  # error or warning
     is_acceptable: bool = False  # Whether `accept` may name it
 
-
+# %% ../nbs/10c_validate.ipynb #21f7dee6
 FIX = "Correct the file, or fetch from another source."
 CHECKS = {
     "empty": Check("bars must have at least one row", "Widen `start` and `end`, or check the symbol."),
@@ -52,10 +53,7 @@ CHECKS = {
 }  # fmt: skip
 ACCEPTABLE = [name for name, check in CHECKS.items() if check.is_acceptable]
 
-# %% ../nbs/10c_validate.ipynb #14f3cfee
-N_DATES = 5
-
-
+# %% ../nbs/10c_validate.ipynb #c0e33d85
 @dataclass(frozen=True)
 class Finding:
     "What one check found."
@@ -66,9 +64,8 @@ class Finding:
     n: int  # How many rows, days or columns are concerned
     message: str  # One sentence, with the dates
 
-    def as_dict(self) -> dict:
-        "Return the fields, for the manifest."
-        return asdict(self)
+# %% ../nbs/10c_validate.ipynb #13c40a1b
+N_DATES = 5
 
 
 def make_finding(
@@ -84,51 +81,59 @@ def make_finding(
     parts = [f"{n} session{'s' if n != 1 else ''}: {shown}" if days else "", detail]
     return Finding(name, CHECKS[name].severity, days[:N_DATES], n, f"{name}: " + "; ".join(part for part in parts if part))
 
-# %% ../nbs/10c_validate.ipynb #d77827c2
+# %% ../nbs/10c_validate.ipynb #d8d0ff29
 PRICES = ["Open", "High", "Low", "Close"]
 COLUMNS = [*PRICES, "Adj Close", "Volume"]
 
-
-def find_form(
-    bars: pd.DataFrame,  # Anything that claims to be bars
-) -> list[Finding]:
-    "Check columns, types and index."
-    missing = [name for name in COLUMNS if name != "Adj Close" and list(bars.columns).count(name) == 0]
+# %% ../nbs/10c_validate.ipynb #873239eb
+def find_columns(bars: pd.DataFrame) -> list[Finding]:
+    "Check the names of the columns, and that there is a row."
+    missing = [name for name in COLUMNS if name not in [*bars.columns, "Adj Close"]]
     extra = [str(name) for name in bars.columns if name not in COLUMNS or list(bars.columns).count(name) > 1]
     if missing or extra:
         return [make_finding("columns", detail=f"missing {missing}, unexpected {extra}", n=len(missing + extra))]
-    if bars.empty:
-        return [make_finding("empty", detail="no rows")]
-    wrong = {name: str(kind) for name, kind in bars.dtypes.items() if kind.kind not in "fiu"}
-    found = [make_finding("dtypes", detail=f"{wrong}", n=len(wrong))] if wrong else []
-    index = bars.index
-    if not isinstance(index, pd.DatetimeIndex) or index.tz is not None or index.hasnans:
-        return [*found, make_finding("index", detail=f"{type(index).__name__} of {index.dtype}", n=len(index))]
-    odd = index[index != index.normalize()]
-    return [*found, make_finding("index", odd, f"first time {odd[0]:%H:%M}")] if len(odd) else found
+    return [] if len(bars) else [make_finding("empty", detail="no rows")]
 
-# %% ../nbs/10c_validate.ipynb #d1f3e17b
+# %% ../nbs/10c_validate.ipynb #200e2b2f
+def find_index(index: pd.Index) -> list[Finding]:
+    "Check that the index holds dates, at midnight, without a time zone."
+    if not isinstance(index, pd.DatetimeIndex) or index.tz is not None or index.hasnans:
+        return [make_finding("index", detail=f"{type(index).__name__} of {index.dtype}", n=len(index))]
+    odd = index[index != index.normalize()]
+    return [make_finding("index", odd, f"first time {odd[0]:%H:%M}")] if len(odd) else []
+
+# %% ../nbs/10c_validate.ipynb #63c99fe0
+def find_form(bars: pd.DataFrame) -> list[Finding]:
+    "Check columns, types and index."
+    if found := find_columns(bars):
+        return found
+    wrong = {name: str(kind) for name, kind in bars.dtypes.items() if kind.kind not in "fiu"}
+    types = [make_finding("dtypes", detail=f"{wrong}", n=len(wrong))] if wrong else []
+    return types + find_index(bars.index)
+
+# %% ../nbs/10c_validate.ipynb #61599545
 RTOL = 1e-6
 
 
-def find_values(
-    bars: pd.DataFrame,  # Bars of good form
-) -> list[Finding]:
-    "Check order, duplicates, finiteness, sign and range."
-    index, prices, values = bars.index, bars[PRICES], bars.to_numpy(np.float64)
-    null = prices.isna().all(axis=1).to_numpy()
-    holes = ~np.isfinite(values) & ~null[:, None]
+def is_within(bars: pd.DataFrame) -> pd.Series:  # bool per session; a NaN counts as within
+    "Tell where every price lies between Low and High."
     low, high = bars["Low"] - RTOL * bars["Low"].abs(), bars["High"] + RTOL * bars["High"].abs()
-    within = (prices.ge(low, axis=0) & prices.le(high, axis=0)) | prices.isna()
-    is_price = bars.columns != "Volume"
+    return ~(bars[PRICES].lt(low, axis=0) | bars[PRICES].gt(high, axis=0)).any(axis=1)
+
+# %% ../nbs/10c_validate.ipynb #c96c5ac7
+def find_values(bars: pd.DataFrame) -> list[Finding]:
+    "Check order, duplicates, finiteness, sign and range."
+    index, values = bars.index, bars.to_numpy(np.float64)
+    null = bars[PRICES].isna().all(axis=1).to_numpy()
+    holes = ~np.isfinite(values) & ~null[:, None]
     rows = {
         "order": np.r_[False, index[1:] < index[:-1]],
         "duplicates": index.duplicated(),
         "null_bars": null,
         "not_finite": holes.any(axis=1),
-        "nonpositive_prices": (values[:, is_price] <= 0).any(axis=1),
+        "nonpositive_prices": (values[:, bars.columns != "Volume"] <= 0).any(axis=1),
         "negative_volume": bars["Volume"].to_numpy() < 0,
-        "price_range": ~within.all(axis=1).to_numpy(),
+        "price_range": ~is_within(bars).to_numpy(),
     }
     detail = {"not_finite": "in " + ", ".join(bars.columns[holes.any(axis=0)])}
     return [make_finding(name, index[bad], detail.get(name, "")) for name, bad in rows.items() if bad.any()]
@@ -150,24 +155,20 @@ def find_sessions(
     }
     return [make_finding(name, bad, f"calendar {calendar}") for name, bad in rows.items() if len(bad)]
 
-# %% ../nbs/10c_validate.ipynb #94020262
+# %% ../nbs/10c_validate.ipynb #889e2379
 JUMP, NEAR = 0.4, 0.03
 SPLITS = {f"{a}:{b}": a / b for a, b in [(3, 2), (2, 1), (5, 2), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (15, 1), (20, 1)]}
 
-
-def split_name(
-    log_return: float,  # Of one session
-) -> str | None:  # e.g. 2:1, or 1:10 for a reverse split
+# %% ../nbs/10c_validate.ipynb #c8f9dd8c
+def split_name(log_return: float) -> str | None:  # e.g. 2:1, or 1:10 for a reverse split
     "Name the split that a jump looks like, if any."
     name = min(SPLITS, key=lambda key: abs(abs(log_return) - np.log(SPLITS[key])))
     if abs(abs(log_return) - np.log(SPLITS[name])) > NEAR:
         return None
     return name if log_return < 0 else ":".join(reversed(name.split(":")))
 
-
-def find_jumps(
-    bars: pd.DataFrame,  # Bars of good form, prices above zero
-) -> list[Finding]:
+# %% ../nbs/10c_validate.ipynb #9bfdfa0d
+def find_jumps(bars: pd.DataFrame) -> list[Finding]:
     "Check the adjusted close for jumps that nothing explains."
     is_adjusted = "Adj Close" in bars and bool((bars["Adj Close"] != bars["Close"]).any())
     moves = np.log(bars["Adj Close" if "Adj Close" in bars else "Close"]).diff().fillna(0)
@@ -177,7 +178,7 @@ def find_jumps(
     detail = f"largest {jumps.abs().max():.2f} in log terms" + "".join(f"; {text}" for text in looks[:N_DATES])
     return [make_finding("unexplained_jumps", jumps.index, detail)] if len(jumps) else []
 
-# %% ../nbs/10c_validate.ipynb #bd01492b
+# %% ../nbs/10c_validate.ipynb #c45fabfc
 STALE_SHARE = 0.2
 
 
@@ -187,10 +188,8 @@ def stale_opens(
     "Mark the opens that equal the previous close."
     return bars["Open"].eq(bars["Close"].shift())
 
-
-def find_habits(
-    bars: pd.DataFrame,  # Bars of good form
-) -> list[Finding]:
+# %% ../nbs/10c_validate.ipynb #6e7abeba
+def find_habits(bars: pd.DataFrame) -> list[Finding]:
     "Warn of stale opens and of sessions without volume."
     stale, idle, found = stale_opens(bars), bars["Volume"].eq(0), []
     if stale.mean() > STALE_SHARE:
@@ -216,24 +215,32 @@ def validate_ohlcv(
         found += find_jumps(bars.dropna()) + find_habits(bars)
     return sorted(found, key=lambda finding: list(CHECKS).index(finding.name))
 
-# %% ../nbs/10c_validate.ipynb #a40e5298
+# %% ../nbs/10c_validate.ipynb #dfd98d43
+def check_accept(
+    accept: Iterable[str],  # Names of findings
+) -> None:
+    "Raise unless every name is a finding that may be accepted."
+    for name in accept:
+        if name in CHECKS and name not in ACCEPTABLE:
+            remedy = f"Acceptable: {', '.join(ACCEPTABLE)}."
+            raise InputError("only a vendor's known quirk can be accepted", f"`{name}`", remedy)
+        if name not in CHECKS:
+            raise InputError("`accept` must name a finding", f"`{name}`", nearest(name, ACCEPTABLE))
+
+# %% ../nbs/10c_validate.ipynb #b9f7733a
 def refuse_unaccepted(
     findings: list[Finding],  # From `validate_ohlcv`
     accept: Iterable[str] = (),  # Names of findings that are known and wanted
 ) -> list[Finding]:  # The errors that were accepted
     "Raise on every error that is not accepted by name."
     accept = [accept] if isinstance(accept, str) else list(accept)
-    for name in accept:
-        if name in CHECKS and not CHECKS[name].is_acceptable:
-            raise InputError("only a vendor's known quirk can be accepted", f"`{name}`", f"Acceptable: {', '.join(ACCEPTABLE)}.")
-        if name not in CHECKS:
-            raise InputError("`accept` must name a finding", f"`{name}`", nearest(name, ACCEPTABLE))
+    check_accept(accept)
     errors = [finding for finding in findings if finding.severity == "error"]
-    open_ = [finding for finding in errors if finding.name not in accept]
-    if open_:
-        rules = dict.fromkeys(CHECKS[finding.name].rule for finding in open_)
-        remedies = dict.fromkeys(CHECKS[finding.name].remedy for finding in open_)
-        names = [finding.name for finding in open_ if finding.name in ACCEPTABLE]
-        hint = [f"If it is known and wanted: accept {', '.join(names)}."] if len(names) == len(open_) else []
-        raise InputError("; ".join(rules), "; ".join(f.message for f in open_), " ".join([*remedies, *hint]))
+    refused = [finding for finding in errors if finding.name not in accept]
+    if refused:
+        names = [finding.name for finding in refused]
+        hint = ["If known and wanted: " + " ".join(f"--accept {name}" for name in names) + "."] if set(names) <= set(ACCEPTABLE) else []
+        remedies = [*dict.fromkeys(CHECKS[name].remedy for name in names), *hint]
+        rule = "; ".join(CHECKS[name].rule for name in names)
+        raise InputError(rule, "; ".join(finding.message for finding in refused), " ".join(remedies))
     return errors

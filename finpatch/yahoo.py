@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOST', 'FIRST_DAY', 'ALTERNATIVES', 'log', 'import_yfinance', 'ask_yfinance', 'is_reachable', 'is_rate_limit',
-           'is_final', 'describe', 'explain', 'fetch_yahoo']
+           'is_final', 'describe', 'explain', 'form_question', 'require_yahoo', 'fetch_yahoo']
 
 # %% ../nbs/10d_yahoo.ipynb #a141d80f
 import logging
@@ -19,22 +19,23 @@ import pandas as pd
 
 from .core import InputError
 
-# %% ../nbs/10d_yahoo.ipynb #8c4c3c9f
+# %% ../nbs/10d_yahoo.ipynb #1239b839
 HOST = "query2.finance.yahoo.com"
 FIRST_DAY = "1927-12-30"
 ALTERNATIVES = "Use `--source file --path FILE`, or the embedded symbols SP500 and NASDAQ, which need no network."
 log = logging.getLogger("finpatch")
 
-
+# %% ../nbs/10d_yahoo.ipynb #53752b4f
 def import_yfinance() -> object:  # The module
     "Import the optional package, or say how to get it."
     try:
         import yfinance
     except ImportError:
-        raise InputError("source `yahoo` needs the package yfinance", "it is not installed", 'Run `pip install "finpatch[market]"`. ' + ALTERNATIVES) from None
+        remedy = 'Run `pip install "finpatch[market]"`. ' + ALTERNATIVES
+        raise InputError("source `yahoo` needs the package yfinance", "it is not installed", remedy) from None
     return yfinance
 
-
+# %% ../nbs/10d_yahoo.ipynb #7334c651
 def ask_yfinance(
     symbol: str,  # As Yahoo spells it, e.g. SPY, BRK-B, ^GSPC, BTC-USD
     start: str,  # First date, inclusive, ISO
@@ -46,7 +47,8 @@ def ask_yfinance(
     before, debug.hide_exceptions = debug.hide_exceptions, False
     yfinance.data.YfData.cache_get.cache_clear()
     try:
-        return yfinance.Ticker(symbol).history(start=start, end=end, interval="1d", auto_adjust=False, actions=True, keepna=True)
+        ticker = yfinance.Ticker(symbol)
+        return ticker.history(start=start, end=end, interval="1d", auto_adjust=False, actions=True, keepna=True)
     finally:
         debug.hide_exceptions = before
 
@@ -73,10 +75,11 @@ def is_reachable(
     probe.join(timeout_s)
     return answers == [True]
 
-# %% ../nbs/10d_yahoo.ipynb #6706ad30
+# %% ../nbs/10d_yahoo.ipynb #223fb32c
 def is_rate_limit(error: Exception) -> bool:
     "Tell whether the vendor asks us to stop."
-    return type(error).__name__ == "YFRateLimitError" or "Too Many Requests" in str(error) or bool(re.search(r"\b429\b", str(error)))
+    is_named = type(error).__name__ == "YFRateLimitError"
+    return is_named or re.search(r"\b429\b|Too Many Requests", str(error)) is not None
 
 
 def is_final(error: Exception) -> bool:
@@ -84,12 +87,12 @@ def is_final(error: Exception) -> bool:
     unknown = type(error).__name__ == "YFTzMissingError" or getattr(error, "yahoo_reason", None) is not None
     return isinstance(error, InputError) or is_rate_limit(error) or unknown
 
-
+# %% ../nbs/10d_yahoo.ipynb #5cd4cffd
 def describe(error: Exception) -> str:
     "Say what failed, on one line."
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
-
+# %% ../nbs/10d_yahoo.ipynb #862176ab
 def explain(
     symbol: str,  # What was asked for
     error: Exception,  # The last failure
@@ -103,7 +106,25 @@ def explain(
     spell = "Check the symbol as Yahoo spells it. " if is_final(error) and not wait else ""
     return InputError(f"Yahoo must answer for `{symbol}`", found, wait + spell + ALTERNATIVES)
 
-# %% ../nbs/10d_yahoo.ipynb #545b1a64
+# %% ../nbs/10d_yahoo.ipynb #fe1fae19
+def form_question(
+    symbol: str,  # As Yahoo spells it
+    start: str | None,  # First date, inclusive; None is all there is
+    end: str | None,  # Last date, inclusive; None is today
+) -> tuple[str, str, str]:  # Symbol, first date, the date after the last
+    "Make both dates explicit."
+    last = pd.Timestamp(end) if end else pd.Timestamp.now("UTC").tz_localize(None) + pd.Timedelta(days=1)
+    return symbol, str(start or FIRST_DAY), f"{last + pd.Timedelta(days=1):%Y-%m-%d}"
+
+
+def require_yahoo(symbol: str) -> None:
+    "Raise unless the package and the network are there."
+    import_yfinance()
+    if not is_reachable():
+        found, remedy = f"no connection to {HOST}", "Check the network. " + ALTERNATIVES
+        raise InputError(f"Yahoo must answer for `{symbol}`", found, remedy)
+
+# %% ../nbs/10d_yahoo.ipynb #f4571ee6
 def fetch_yahoo(
     symbol: str,  # As Yahoo spells it
     start: str | None = None,  # First date, inclusive; None is all there is
@@ -114,15 +135,11 @@ def fetch_yahoo(
     n_tries: int = 4,  # At most
 ) -> pd.DataFrame:  # As the vendor gave it; never empty
     "Fetch daily bars, backing off between tries and stopping at a rate limit."
-    last = pd.Timestamp(end) if end else pd.Timestamp.now("UTC").tz_localize(None) + pd.Timedelta(days=1)
-    question = symbol, str(start or FIRST_DAY), f"{last + pd.Timedelta(days=1):%Y-%m-%d}"
     if fetch is None:
-        import_yfinance()
-        if not is_reachable():
-            raise InputError(f"Yahoo must answer for `{symbol}`", f"no connection to {HOST}", "Check the network. " + ALTERNATIVES)
+        require_yahoo(symbol)
     for i in range(n_tries):
         try:
-            frame = (fetch or ask_yfinance)(*question)
+            frame = (fetch or ask_yfinance)(*form_question(symbol, start, end))
             if frame is not None and len(frame):
                 return frame
             error = ValueError("an empty answer")

@@ -10,7 +10,9 @@ from finpatch.patchtst import PatchTST
 
 transformers = pytest.importorskip("transformers", reason="the reference is a development dependency")
 
-VARIANTS = list(product(("batchnorm", "layernorm"), (True, False), ("sincos", "random"), ("std", None), (40, 42), (16, 128)))
+VARIANTS = list(
+    product(("batchnorm", "layernorm"), (True, False), ("sincos", "random"), ("std", None), (40, 42), (16, 128))
+)
 
 
 def make_reference(norm, is_pre, positions, scaling, context_length, d_model):
@@ -63,7 +65,9 @@ def test_the_comparison_can_fail():
 
 
 def test_a_model_with_a_head_gives_its_encoder_and_own_sines_match():
-    config = transformers.PatchTSTConfig(num_input_channels=3, context_length=42, patch_length=8, patch_stride=4, d_model=16)
+    config = transformers.PatchTSTConfig(
+        num_input_channels=3, context_length=42, patch_length=8, patch_stride=4, d_model=16
+    )
     reference = transformers.PatchTSTForPrediction(config).eval()
     model = from_hf(reference)
     error, largest = largest_error(reference.model, model, torch.randn(4, 42, 3))

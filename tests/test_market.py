@@ -12,14 +12,16 @@ from finpatch.core import InputError, NotFoundError
 from finpatch.market import fetch_ohlcv, load_ohlcv, validate_ohlcv
 from finpatch.validate import ACCEPTABLE, CHECKS, PRICES, find_form, refuse_unaccepted
 
-pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning an ndarray that drops timezone")  # exchange_calendars
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Series.values returning an ndarray that drops timezone"
+)  # exchange_calendars
 NOON, DAY = "2018-06-15", "2018-03-05"
 
 SESSIONS = tidy_bars(read_embedded("SP500")).index
 
 
 def make_bars(first="2018-01-02", last="2018-06-14", seed=0):
-    days = SESSIONS[(SESSIONS >= first) & (SESSIONS <= last)]
+    days = SESSIONS[SESSIONS.slice_indexer(first, last)]
     rng = np.random.default_rng(seed)
     close = 100 * np.exp(rng.normal(0, 0.01, len(days)).cumsum())
     open_ = close * np.exp(rng.normal(0, 0.002, len(days)))
@@ -57,11 +59,17 @@ CASES = {  # name -> (bars, first date that must be listed or None)
     "not_finite": (put("Volume", np.nan), DAY),
     "nonpositive_prices": (put(["Low", "Open"], 0.0), DAY),
     "negative_volume": (put("Volume", -1.0), DAY),
-    "unfinished_bar": (pd.concat([BARS, BARS.tail(1).set_axis(pd.DatetimeIndex(["2018-06-15"]), axis=0)]), "2018-06-15"),
+    "unfinished_bar": (
+        pd.concat([BARS, BARS.tail(1).set_axis(pd.DatetimeIndex(["2018-06-15"]), axis=0)]),
+        "2018-06-15",
+    ),
     "null_bars": (put([*PRICES, "Adj Close"], np.nan), DAY),
     "price_range": (put("High", 1.0), DAY),
     "missing_sessions": (BARS.drop(pd.Timestamp(DAY)), DAY),
-    "extra_sessions": (pd.concat([BARS, BARS.tail(1).set_axis(pd.DatetimeIndex(["2018-02-19"]), axis=0)]).sort_index(), "2018-02-19"),
+    "extra_sessions": (
+        pd.concat([BARS, BARS.tail(1).set_axis(pd.DatetimeIndex(["2018-02-19"]), axis=0)]).sort_index(),
+        "2018-02-19",
+    ),
     "unexplained_jumps": (split_unadjusted(2), DAY),
     "stale_opens": (BARS.assign(Open=BARS["Close"].shift().fillna(100), High=999, Low=1), "2018-01-03"),
     "zero_volume": (put("Volume", 0.0), DAY),
@@ -100,7 +108,7 @@ def test_only_a_vendors_quirk_can_be_accepted(name):
     if name in ACCEPTABLE:
         assert [finding.name for finding in refuse_unaccepted(findings, [name])] == [name]
     else:
-        with pytest.raises(InputError, match="Acceptable: null_bars"):
+        with pytest.raises(InputError, match=r"Acceptable: null_bars"):
             refuse_unaccepted(findings, [name])
 
 
@@ -110,7 +118,7 @@ def test_clean_bars_have_no_finding():
 
 def test_several_errors_are_told_together():
     bars = put("Volume", -1.0).drop(pd.Timestamp("2018-04-04"))
-    with pytest.raises(InputError, match="2018-03-05.*2018-04-04") as caught:
+    with pytest.raises(InputError, match=r"2018-03-05.*2018-04-04") as caught:
         refuse_unaccepted(validate_ohlcv(bars, now=NOON))
     assert "accept" not in caught.value.remedy  # one of the two cannot be accepted
 
@@ -124,7 +132,9 @@ def test_only_the_first_dates_are_listed():
     assert (finding.n, len(finding.dates), finding.dates[0]) == (20, 5, f"{BARS.index[10]:%Y-%m-%d}")
 
 
-@pytest.mark.parametrize(("column", "value"), [("Open", np.inf), ("Adj Close", -np.inf), ("Close", np.nan), ("Volume", np.inf)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("Open", np.inf), ("Adj Close", -np.inf), ("Close", np.nan), ("Volume", np.inf)]
+)
 def test_infinities_and_nan_in_any_column(column, value):
     findings = {finding.name: finding for finding in validate_ohlcv(put(column, value), now=NOON)}
     assert column in findings["not_finite"].message and findings["not_finite"].dates == [DAY]
@@ -146,12 +156,14 @@ def test_adjusted_split_is_silent_and_copied_adjustment_is_not():
     bars = split_unadjusted(2)
     adjusted = bars.assign(**{"Adj Close": bars["Close"].where(bars.index >= DAY, bars["Close"] / 2)})
     assert validate_ohlcv(adjusted, now=NOON) == []
-    assert [f.name for f in validate_ohlcv(bars.assign(**{"Adj Close": bars["Close"]}), now=NOON)] == ["unexplained_jumps"]
+    assert [f.name for f in validate_ohlcv(bars.assign(**{"Adj Close": bars["Close"]}), now=NOON)] == [
+        "unexplained_jumps"
+    ]
 
 
 def test_apple_split_of_2005_and_crash_of_2000():
     def two(days, close, adj=None):
-        bars = pd.DataFrame({name: close for name in PRICES}, index=pd.DatetimeIndex(days))
+        bars = pd.DataFrame(dict.fromkeys(PRICES, close), index=pd.DatetimeIndex(days))
         bars["Open"] = [close[0] * 1.0, close[1]]
         return (bars if adj is None else bars.assign(**{"Adj Close": adj})).assign(Volume=1e8)
 
@@ -187,7 +199,9 @@ def test_a_bad_value_anywhere_is_found_on_its_day(data, row):
 @given(data=st.data())
 def test_tidy_bars_does_not_depend_on_how_the_vendor_writes(data):
     order = data.draw(st.permutations(list(BARS.columns)))
-    spell = data.draw(st.sampled_from([str.upper, str.lower, lambda s: s.replace(" ", "_"), lambda s: s.replace(" ", "").lower()]))
+    spell = data.draw(
+        st.sampled_from([str.upper, str.lower, lambda s: s.replace(" ", "_"), lambda s: s.replace(" ", "").lower()])
+    )
     table = BARS[order].rename(columns=spell).assign(Extra="text")
     if data.draw(st.booleans()):
         table = table.reset_index(names=data.draw(st.sampled_from(["date", "Date", "DATETIME", "session"])))
@@ -219,6 +233,10 @@ def test_file_written_by_yfinance_keeps_its_days(tmp_path):
 BAD_FILES = {
     "empty.csv": (b"", "readable"),
     "text.csv": (b"Date,Open,High,Low,Close,Volume\n2018-01-02,1,1,1,one,5\n", "one"),
+    "mixed.csv": (b"Date,Open,High,Low,Close,Volume\n12/1/2018,1,1,1,1,5\n15/1/2018,1,1,1,1,5\n", "15/1/2018"),
+    "epoch.csv": (b"Date,Open,High,Low,Close,Volume\n1514851200,1,1,1,1,5\n", "1514851200"),
+    "nodate.csv": (b"Open,High,Low,Close,Volume\n1,1,1,1,5\n", "needs a date"),
+    "early.csv": (b"Date,Open,High,Low,Close,Volume\n0001-01-04,1,1,1,1,5\n", "0001-01-04"),
     "dates.csv": (b"Date,Open,High,Low,Close,Volume\nsoon,1,1,1,1,5\n", "soon"),
     "semicolon.csv": (b"Date;Open;High;Low;Close;Volume\n2018-01-02;1;1;1;1;5\n", "Date;Open"),
     "broken.parquet": (b"PAR1 not really", "readable"),
@@ -236,7 +254,7 @@ def test_bad_files_name_the_fault(tmp_path, name):
 
 
 def test_missing_file_names_its_path(tmp_path):
-    with pytest.raises(NotFoundError, match="nowhere.csv"):
+    with pytest.raises(NotFoundError, match=r"nowhere.csv"):
         read_file(tmp_path / "nowhere.csv")
 
 
@@ -274,10 +292,10 @@ def test_embedded_file_must_have_the_known_digest(tmp_path, monkeypatch):
     (package / "data" / "sp500" / "sp500.csv.gz").write_bytes(b"another release")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "arch", raising=False)
-    with pytest.raises(InputError, match="Install arch 7.2.0"):
+    with pytest.raises(InputError, match=r"Install arch 7.2.0"):
         load_ohlcv("SP500")
     (package / "data" / "sp500" / "sp500.csv.gz").unlink()
-    with pytest.raises(NotFoundError, match="pip install"):
+    with pytest.raises(NotFoundError, match=r"pip install"):
         load_ohlcv("SP500")
 
 
@@ -287,7 +305,7 @@ def test_calendars(tmp_path):
     coin.to_csv(tmp_path / "coin.csv")
     for calendar in ("24/7", "none"):
         assert len(load_ohlcv("BTC", "file", path=tmp_path / "coin.csv", calendar=calendar)) == 59
-    with pytest.raises(InputError, match="extra_sessions.*2018-01-01.*2018-01-06"):
+    with pytest.raises(InputError, match=r"extra_sessions.*2018-01-01.*2018-01-06"):
         load_ohlcv("BTC", "file", path=tmp_path / "coin.csv")
     assert find_form(coin) == []
 

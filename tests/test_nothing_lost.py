@@ -73,8 +73,8 @@ def test_twenty_kills_at_random_moments(tmp_path):
         n_versions += store_both(data, make_frame(1000 + kill), timeout_s=1)["version"]
         assert_whole(data)
         assert content_sha256(load_frame(data, RAW)) == content_sha256(make_frame(1000 + kill))
-    print(n_torn, n_versions)
-    assert n_versions > 60, "the children got nothing done, so the kills proved nothing"
+        assert not list(data.rglob(".*.tmp"))
+    assert n_versions > 50, "the children got nothing done, so the kills proved nothing"
     assert n_torn > 0, "no kill came during a write, so the kills proved nothing"
 
 
@@ -266,7 +266,7 @@ def test_git_takes_the_manifests_and_nothing_else(tmp_path):
         names = {f"data/{path.relative_to(tmp_path).as_posix()}" for path in tmp_path.rglob("*") if path.is_file()}
     assert len(names) == 7
     root = Path(__file__).parents[1]
-    asked = subprocess.run(["git", "check-ignore", *names], cwd=root, capture_output=True, text=True)
+    asked = subprocess.run(["git", "check-ignore", *names], check=False, cwd=root, capture_output=True, text=True)
     if asked.returncode > 1:
         pytest.skip(f"not a git checkout: {asked.stderr.strip()}")
     assert names - set(asked.stdout.split()) == {"data/raw/manifest.json", "data/processed/manifest.json"}

@@ -1,4 +1,4 @@
-"""G3. Risk: a name that promises another size than the model has. Counts are taken on the model that would be trained."""
+"""G3. Risk: a name that promises another size than the model has. Counts are taken on the model itself."""
 
 import subprocess
 import sys
@@ -57,11 +57,21 @@ def grid():
     "All combinations of the options that can change a count, over two input shapes."
     heads = ({"n_outputs": 1}, {"n_outputs": 3}, {"horizon": 4})
     revins = ({}, {"revin": True}, {"revin": True, "revin_affine": True})
-    shapes = ({"n_features": 3, "context_length": 13, "patch_length": 4, "stride": 2, "d_ff": 24},
-              {"n_features": 5, "context_length": 10, "patch_length": 10, "stride": 3, "d_ff": 70, "n_layers": 3})  # fmt: skip
-    switches = product(("mixed", "independent"), (False, True), ("layernorm", "batchnorm"), (False, True), ("learned", "sincos"))
+    shapes = (
+        {"n_features": 3, "context_length": 13, "patch_length": 4, "stride": 2, "d_ff": 24},
+        {"n_features": 5, "context_length": 10, "patch_length": 10, "stride": 3, "d_ff": 70, "n_layers": 3},
+    )
+    switches = product(
+        ("mixed", "independent"), (False, True), ("layernorm", "batchnorm"), (False, True), ("learned", "sincos")
+    )
     for shape, head, revin, (mode, padding, norm, last, positions) in product(shapes, heads, revins, switches):
-        options = {"channel_mode": mode, "end_padding": padding, "norm": norm, "final_norm": last, "positions": positions}
+        options = {
+            "channel_mode": mode,
+            "end_padding": padding,
+            "norm": norm,
+            "final_norm": last,
+            "positions": positions,
+        }
         yield PatchTSTConfig(**({"d_model": 16, "n_heads": 4, "n_layers": 1} | shape | head | revin | options))
 
 
@@ -112,13 +122,24 @@ def test_the_operations_of_a_training_step_are_three_forward_passes_less_the_inp
 
 
 def test_budgets_are_described_without_torch():
-    code = "import sys, finpatch.budget as b; b.describe_budgets(['2m', '20m', '200m', '30k']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, finpatch.budget as b; b.describe_budgets(['2m', '200m', '30k']); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_description_holds_the_promised_keys():
     rows = describe_budgets(["2m", "20m", "200m"])["budgets"]
-    promised = {"n_params", "n_params_by_part", "d_model", "n_heads", "n_layers", "d_ff", "flops_per_sample", "train_bytes"}
+    promised = {
+        "n_params",
+        "n_params_by_part",
+        "d_model",
+        "n_heads",
+        "n_layers",
+        "d_ff",
+        "flops_per_sample",
+        "train_bytes",
+    }
     assert all(promised <= set(row) for row in rows.values())
     assert {name: row["n_params"] for name, row in rows.items()} == PRESETS
     assert rows["200m"]["train_bytes"] > 16 * PRESETS["200m"]
@@ -128,7 +149,7 @@ def test_the_description_holds_the_promised_keys():
 def test_a_broken_model_file_is_named(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="mine.yaml|d_model"):
+    with pytest.raises(ValueError, match=r"mine\.yaml|d_model"):
         load_patchtst_config(path)
 
 
@@ -138,5 +159,5 @@ def test_a_model_file_may_set_every_field(tmp_path):
     path.write_text("\n".join(f"{key}: {'null' if value is None else value}" for key, value in values.items()))
     assert load_patchtst_config(path) == load_patchtst_config("2m")
     check_budget(path, 12_345)
-    with pytest.raises(ValueError, match="`context_length` of .* must equal the data's; got 60 against 90"):
+    with pytest.raises(ValueError, match=r"`context_length` of .* must equal the data's; got 60 against 90"):
         load_patchtst_config(path, context_length=90)

@@ -1,4 +1,4 @@
-"""G5 and G8. Risk: an option that does nothing, dropout left on, a parameter without effect, a wrong input that passes."""
+"""G5. Risk: an option that does nothing, dropout left on, a parameter without effect, a wrong input that passes."""
 
 from dataclasses import fields, replace
 from itertools import product
@@ -122,7 +122,9 @@ def test_dropout_within_a_layer_acts_in_training_only(fused):
 def test_layer_outputs_follow_from_the_attention_maps(mode, norm):
     model, x = build(norm=norm[0], norm_position=norm[1], channel_mode=mode, revin=True), windows()
     seen = []
-    handles = [block.register_forward_hook(lambda block, inputs, out: seen.append((inputs[0], out))) for block in model.encoder]
+    handles = [
+        block.register_forward_hook(lambda block, inputs, out: seen.append((inputs[0], out))) for block in model.encoder
+    ]
     model(x)
     for handle in handles:
         handle.remove()
@@ -153,7 +155,9 @@ def test_end_padding_is_the_same_as_repeating_the_last_row():
     padded, x = build(end_padding=True), windows()
     longer = PatchTST(replace(TINY, context_length=13 + 2 - 1)).eval()
     longer.load_state_dict(padded.state_dict())
-    rows = torch.cat([x, x[:, -1:], x[:, -1:]], dim=1)[:, :14]  # 13 rows padded by 2; patches of 4 every 2 use the first 14
+    rows = torch.cat([x, x[:, -1:], x[:, -1:]], dim=1)[
+        :, :14
+    ]  # 13 rows padded by 2; patches of 4 every 2 use the first 14
     assert padded.config.n_patches == longer.config.n_patches == 6
     assert torch.equal(padded(x), longer(rows))
 
@@ -177,13 +181,18 @@ def test_independent_channels_do_not_see_each_other():
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        (lambda x: x.double(), r"got float64 \(6, 13, 3\)"), (lambda x: x.long(), "got int64"), (lambda x: x.half(), "got float16"),
-        (lambda x: x[:, :12], r"got float32 \(6, 12, 3\)"), (lambda x: x[..., :2], r"got float32 \(6, 13, 2\)"),
-        (lambda x: x[0], r"got float32 \(13, 3\)"), (lambda x: x.transpose(1, 2), r"got float32 \(6, 3, 13\)"),
-        (lambda x: x.index_fill(1, torch.tensor([4]), torch.nan), r"got 18 NaN or infinite values, the first at \(0, 4, 0\)"),
-        (lambda x: x.index_fill(2, torch.tensor([2]), torch.inf), "got 78 NaN or infinite"), (lambda x: x.numpy(), "got ndarray"),
+        (lambda x: x.double(), r"got float64 \(6, 13, 3\)"),
+        (lambda x: x.long(), "got int64"),
+        (lambda x: x.half(), "got float16"),
+        (lambda x: x[:, :12], r"got float32 \(6, 12, 3\)"),
+        (lambda x: x[..., :2], r"got float32 \(6, 13, 2\)"),
+        (lambda x: x[0], r"got float32 \(13, 3\)"),
+        (lambda x: x.transpose(1, 2), r"got float32 \(6, 3, 13\)"),
+        (lambda x: x.index_fill(1, torch.tensor([4]), torch.nan), r"got 18 NaN or .* the first at \(0, 4, 0\)"),
+        (lambda x: x.index_fill(2, torch.tensor([2]), torch.inf), "got 78 NaN or infinite"),
+        (lambda x: x.numpy(), "got ndarray"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("call", [PatchTST.__call__, PatchTST.encode, PatchTST.attention_maps])
 def test_a_wrong_input_is_refused_with_the_expected_shape(spoil, found, call):
     with pytest.raises(ValueError, match=rf"must be float32 of shape \(B, 13, 3\).*{found}"):
@@ -233,7 +242,9 @@ def test_weights_are_saved_with_the_fixed_positions_and_a_seed_repeats_them():
     PatchTST(replace(TINY, positions="sincos")).load_state_dict(models[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "batchnorm", "norm_position": "post", "channel_mode": "independent", "horizon": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "batchnorm", "norm_position": "post", "channel_mode": "independent", "horizon": 2}]
+)
 def test_a_device_agrees_with_the_cpu(device, options):
     model, x = build(**options), windows()
     want = model(x)

@@ -1,6 +1,9 @@
-"""Risk: a bad answer of the vendor becomes data (G4, G6), or a fetch hangs. Real yfinance against a loopback server; no network."""
+"""Risk: a bad answer of the vendor becomes data (G4, G6), or a fetch hangs.
+
+The real yfinance asks a server on this machine; no network is used."""
 
 import http.server
+import importlib
 import importlib.util
 import json
 import socket
@@ -17,7 +20,9 @@ from finpatch.bars import read_embedded, tidy_bars
 from finpatch.core import InputError
 from finpatch.market import fetch_ohlcv, load_ohlcv
 
-needs_yfinance = pytest.mark.skipif(importlib.util.find_spec("yfinance") is None, reason="yfinance is not installed (extra `market`)")
+needs_yfinance = pytest.mark.skipif(
+    importlib.util.find_spec("yfinance") is None, reason="yfinance is not installed (extra `market`)"
+)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Series.values returning an ndarray that drops timezone"),  # exchange_calendars
     pytest.mark.filterwarnings("ignore:The inplace keyword in"),  # yfinance
@@ -31,18 +36,44 @@ NOW = "2019-06-03 12:00"
 
 def chart(bars):
     opens = (bars.index + pd.Timedelta(hours=9.5)).tz_localize("America/New_York")
-    quote = {name.lower(): [None if np.isnan(v) else v for v in bars[name]] for name in ("Open", "High", "Low", "Close", "Volume")}
-    meta = {"symbol": "QQQ", "currency": "USD", "instrumentType": "EQUITY", "exchangeTimezoneName": "America/New_York", "priceHint": 2}
-    meta |= {"validRanges": ["1d", "max"], "timezone": "EST", "gmtoffset": -18000, "exchangeName": "NMS", "regularMarketTime": 1546290000}
+    quote = {
+        name.lower(): [None if np.isnan(v) else v for v in bars[name]]
+        for name in ("Open", "High", "Low", "Close", "Volume")
+    }
+    meta = {
+        "symbol": "QQQ",
+        "currency": "USD",
+        "instrumentType": "EQUITY",
+        "exchangeTimezoneName": "America/New_York",
+        "priceHint": 2,
+    }
+    meta |= {
+        "validRanges": ["1d", "max"],
+        "timezone": "EST",
+        "gmtoffset": -18000,
+        "exchangeName": "NMS",
+        "regularMarketTime": 1546290000,
+    }
     adj = [{"adjclose": [None if np.isnan(v) else v for v in bars["Adj Close"]]}]
-    result = {"meta": meta, "timestamp": [int(t.timestamp()) for t in opens], "indicators": {"quote": [quote], "adjclose": adj}}
+    result = {
+        "meta": meta,
+        "timestamp": [int(t.timestamp()) for t in opens],
+        "indicators": {"quote": [quote], "adjclose": adj},
+    }
     first = int(opens[0].timestamp())
     result["events"] = {"dividends": {str(first): {"amount": 0.25, "date": first}}}
     return json.dumps({"chart": {"result": [result], "error": None}}).encode()
 
 
 def unknown_symbol():
-    return json.dumps({"chart": {"result": None, "error": {"code": "Not Found", "description": "No data found, symbol may be delisted"}}}).encode()
+    return json.dumps(
+        {
+            "chart": {
+                "result": None,
+                "error": {"code": "Not Found", "description": "No data found, symbol may be delisted"},
+            }
+        }
+    ).encode()
 
 
 GOOD = (200, chart(BARS))
@@ -71,10 +102,8 @@ class Vendor:
 @pytest.fixture
 def vendor(monkeypatch, tmp_path):
     yfinance = pytest.importorskip("yfinance")
-    import yfinance.base
-    import yfinance.cache
-    import yfinance.scrapers.history
-    import yfinance.scrapers.quote
+    for name in ("cache", "scrapers.history", "scrapers.quote"):
+        importlib.import_module(f"yfinance.{name}")
 
     state = Vendor()
 
@@ -101,7 +130,9 @@ def vendor(monkeypatch, tmp_path):
     monkeypatch.setattr(yfinance.data.YfData, "_get_cookie_and_crumb", lambda self, timeout=30: ("crumb", "basic"))
     monkeypatch.setattr(yahoo, "is_reachable", lambda: True)
     state.waits = []
-    monkeypatch.setattr(yahoo.fetch_yahoo, "__kwdefaults__", yahoo.fetch_yahoo.__kwdefaults__ | {"sleep": state.waits.append})
+    monkeypatch.setattr(
+        yahoo.fetch_yahoo, "__kwdefaults__", yahoo.fetch_yahoo.__kwdefaults__ | {"sleep": state.waits.append}
+    )
     yfinance.set_tz_cache_location(str(tmp_path))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
@@ -130,9 +161,13 @@ def test_adjusted_close_is_kept_beside_raw_prices(vendor):
     np.testing.assert_allclose(bars["Adj Close"], BARS["Close"] * 0.97)
 
 
-@pytest.mark.parametrize("bad", [(500, b"<html>oops</html>"), HTML, BROKEN, CUT, (503, b"")], ids=["500", "html", "broken", "cut", "503"])
+@pytest.mark.parametrize(
+    "bad", [(500, b"<html>oops</html>"), HTML, BROKEN, CUT, (503, b"")], ids=["500", "html", "broken", "cut", "503"]
+)
 def test_a_bad_answer_is_asked_again_and_not_replayed(vendor, bad):
-    vendor.answers = [bad, bad, bad, bad, GOOD] if bad[0] >= 500 else [bad, bad, GOOD]  # yfinance itself repeats a 5xx once
+    vendor.answers = (
+        [bad, bad, bad, bad, GOOD] if bad[0] >= 500 else [bad, bad, GOOD]
+    )  # yfinance itself repeats a 5xx once
     assert len(load()) == len(BARS)
     assert vendor.waits == [1, 2]
 
@@ -205,7 +240,9 @@ def test_manifest_entry_tells_source_and_digests_adjustment_apart(vendor, tmp_pa
 
 
 def give(bars):
-    return lambda symbol, start, end: bars.tz_localize("America/New_York").assign(Dividends=0.0, **{"Stock Splits": 0.0})
+    return lambda symbol, start, end: bars.tz_localize("America/New_York").assign(
+        Dividends=0.0, **{"Stock Splits": 0.0}
+    )
 
 
 def test_dates_are_always_explicit():
@@ -258,7 +295,7 @@ def test_without_network_one_line_in_seconds(monkeypatch):
     monkeypatch.setattr(yahoo, "getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))  # a firewall that drops packets
     begun = time.monotonic()
-    with pytest.raises(InputError, match="no connection.*--source file --path FILE.*SP500 and NASDAQ") as caught:
+    with pytest.raises(InputError, match=r"no connection.*--source file --path FILE.*SP500 and NASDAQ") as caught:
         load_ohlcv("SPY", "yahoo")
     assert time.monotonic() - begun < 10 and "\n" not in str(caught.value)
 
