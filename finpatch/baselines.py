@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'STRENGTHS', 'NOT_FEATURES', 'standardise', 'linear_forecast', 'log_atr', 'choice_rows', 'last_row_forecast',
-           'har_features', 'session_masks', 'check_labels', 'symbol_baselines', 'baseline_predictions']
+           'har_features', 'session_masks', 'check_labels', 'symbol_baselines', 'bars_of', 'baseline_predictions']
 
 # %% ../nbs/41_baselines.ipynb #a4797d21
 import logging
@@ -18,7 +18,7 @@ from .targets import Task
 
 log = logging.getLogger("finpatch")
 
-# %% ../nbs/41_baselines.ipynb #b8584c01
+# %% ../nbs/41_baselines.ipynb #bf1e0ff7
 def standardise(
     x: np.ndarray,  # (n, F)
     train: np.ndarray,  # (n,) bool
@@ -27,7 +27,7 @@ def standardise(
     mean, spread = np.nanmean(x[train], axis=0), np.nanstd(x[train], axis=0)
     return np.clip((x - mean) / np.where(spread > 0, spread, 1), -5, 5)
 
-
+# %% ../nbs/41_baselines.ipynb #e492c904
 def linear_forecast(
     x: np.ndarray,  # (n, F) one row per session
     y: np.ndarray,  # (n,) labels, NaN where unknown
@@ -51,24 +51,23 @@ def linear_forecast(
         out[whole] = LogisticRegression(C=c, max_iter=1000).fit(x[fit], y[fit]).predict_proba(x[whole])[:, 1]
     return out
 
-# %% ../nbs/41_baselines.ipynb #4580024a
+# %% ../nbs/41_baselines.ipynb #9f336c8e
 def log_atr(
     bars: pd.DataFrame,  # Features and prices of one symbol
 ) -> np.ndarray:  # (n, 1) NaN in the first 14 rows if computed here
     "Return the logarithm of ATR(14) / Close."
-    if "atr_14_rel" in bars:
-        relative = bars["atr_14_rel"].to_numpy(np.float64)
-    else:
+    relative = bars.get("atr_14_rel")
+    if relative is None:
         import talib
 
         high, low, close = (bars[name].to_numpy(np.float64) for name in ("High", "Low", "Close"))
         relative = talib.ATR(high, low, close, timeperiod=14) / close
-    return np.log(np.maximum(relative, 1e-6))[:, None]
+    return np.log(np.maximum(np.asarray(relative, dtype=np.float64), 1e-6))[:, None]
 
-# %% ../nbs/41_baselines.ipynb #1f8b2d54
+# %% ../nbs/41_baselines.ipynb #e9b1869b
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
-
+# %% ../nbs/41_baselines.ipynb #40c99a0e
 def choice_rows(
     train: np.ndarray,  # (n,) bool
     val: np.ndarray,  # (n,) bool
@@ -80,7 +79,7 @@ def choice_rows(
     last[np.flatnonzero(train)[int(0.8 * train.sum()) :]] = True
     return train & ~last, last
 
-
+# %% ../nbs/41_baselines.ipynb #0f9f3276
 def last_row_forecast(
     x: np.ndarray,  # (n, F) features by session
     y: np.ndarray,  # (n,) labels, NaN where unknown
@@ -107,7 +106,7 @@ def har_features(
     daily = np.log(span)
     return np.column_stack([daily, daily.rolling(5).mean(), daily.rolling(22).mean()])
 
-# %% ../nbs/41_baselines.ipynb #05f84114
+# %% ../nbs/41_baselines.ipynb #f0c3f99a
 def session_masks(
     bars: pd.DataFrame,  # One symbol
     ends: pd.Series,  # target_end per session of the bars, NaT where unknown
@@ -123,7 +122,7 @@ def session_masks(
         raise InputError("baselines need training sessions", found, "Give bars that begin earlier.")
     return sessions["train"], sessions["val"]
 
-
+# %% ../nbs/41_baselines.ipynb #1ff30735
 def check_labels(
     labels: pd.Series,  # The task's, by session
     rows: pd.DataFrame,  # The frame's rows of one symbol
@@ -138,10 +137,10 @@ def check_labels(
         found = f"{int(differs.sum())} other than it says, first {rows['origin'][differs].iloc[0]:%Y-%m-%d}"
         raise InputError("labels of the frame must be those of the task", found, "Give the run's task and prices.")
 
-# %% ../nbs/41_baselines.ipynb #af5ff084
+# %% ../nbs/41_baselines.ipynb #70cb6c6c
 NOT_FEATURES = ("Open", "High", "Low", "Close", "Volume")
 
-
+# %% ../nbs/41_baselines.ipynb #da2df797
 def symbol_baselines(
     task: Task,  # Owner of the labels
     bars: pd.DataFrame,  # Features and forward-adjusted prices of one symbol, by session
@@ -164,7 +163,21 @@ def symbol_baselines(
     out = {"prior": prior, "climatology": climatology_forecast(known, rows["origin"], prior)}
     return out | {name: p[at] for name, p in by_session.items()}
 
-# %% ../nbs/41_baselines.ipynb #f6ef95a2
+# %% ../nbs/41_baselines.ipynb #ec7faa31
+def bars_of(
+    symbol: str,  # As the frame names it
+    bars: pd.DataFrame | dict[str, pd.DataFrame],  # One frame for all, or by symbol
+) -> pd.DataFrame:
+    "Return the bars of a symbol."
+    if isinstance(bars, pd.DataFrame):
+        return bars
+    if symbol == "" and len(bars) == 1:
+        return next(iter(bars.values()))
+    if symbol not in bars:
+        raise InputError("every symbol of the frame needs bars", f"none for `{symbol}`", nearest(symbol, [*bars]))
+    return bars[symbol]
+
+# %% ../nbs/41_baselines.ipynb #e1e5c5cf
 def baseline_predictions(
     task: Task,  # Owner of the labels
     bars: pd.DataFrame | dict[str, pd.DataFrame],  # SYMBOL.dataset.TIER, or symbol -> that
@@ -175,9 +188,6 @@ def baseline_predictions(
     places = rows.reset_index(drop=True).groupby(["fold", "symbol"], sort=False).indices
     out: dict[str, pd.Series] = {}
     for (_, symbol), where in places.items():
-        if isinstance(bars, dict) and symbol not in bars:
-            raise InputError("every symbol of the frame needs bars", f"none for `{symbol}`", nearest(symbol, [*bars]))
-        own = bars[symbol] if isinstance(bars, dict) else bars
-        for name, p in symbol_baselines(task, own, rows.iloc[where]).items():
+        for name, p in symbol_baselines(task, bars_of(symbol, bars), rows.iloc[where]).items():
             out.setdefault(name, pd.Series(np.nan, index=frame.index, name=name)).iloc[where] = p
     return out

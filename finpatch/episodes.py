@@ -23,10 +23,10 @@ def count_episodes(
             count, free_from = count + 1, position + horizon
     return count
 
-# %% ../nbs/13a_episodes.ipynb #ef027190
+# %% ../nbs/13a_episodes.ipynb #1e3d5509
 MIN_SPANS, MIN_EPISODES = 100, 20
 
-
+# %% ../nbs/13a_episodes.ipynb #d4648298
 def span_counts(
     y: ArrayLike,  # Labels of one span, time order
     horizon: int,  # h, sessions

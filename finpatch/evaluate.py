@@ -6,10 +6,10 @@
 __all__ = ['prior_forecast', 'climatology_forecast', 'file_baselines', 'align_baselines', 'choose_baseline', 'find_alarms',
            'evaluate_split', 'check_horizon', 'evaluate_predictions', 'clark_west', 'add_split', 'evaluate_file',
            'Interval', 'check_enough', 'check_predictions', 'count_looks', 'infer_horizon', 'is_binary',
-           'load_predictions', 'mean_interval', 'plot_skill', 'print_table', 'record_look', 'result_frame',
-           'result_table', 'span_digest']
+           'load_predictions', 'mean_interval', 'plot_skill', 'record_look', 'result_frame', 'result_table',
+           'span_digest']
 
-# %% ../nbs/40_evaluate.ipynb #c1eab380
+# %% ../nbs/40_evaluate.ipynb #140d70c0
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,14 @@ from .interval import Interval, mean_interval
 from .ledger import count_looks, record_look
 from .metrics import binary_metrics, losses, per_session, real_metrics, session_codes, sharpness
 from .predictions import check_predictions, infer_horizon, is_binary, load_predictions, span_digest
-from .table import plot_skill, print_table, result_frame, result_table
+from .table import plot_skill, result_frame, result_table
 
 _all_ = [
     "Interval", "check_enough", "check_predictions", "count_looks", "infer_horizon", "is_binary", "load_predictions",
-    "mean_interval", "plot_skill", "print_table", "record_look", "result_frame", "result_table", "span_digest",
+    "mean_interval", "plot_skill", "record_look", "result_frame", "result_table", "span_digest",
 ]  # fmt: skip
 
-# %% ../nbs/40_evaluate.ipynb #36c175fc
+# %% ../nbs/40_evaluate.ipynb #393788eb
 def prior_forecast(
     frame: pd.DataFrame,  # Checked predictions
 ) -> np.ndarray:  # One per row
@@ -37,7 +37,7 @@ def prior_forecast(
     first = order == order.groupby(frame["fold"]).transform("min")
     return frame["fold"].map(frame[first].groupby("fold")["y"].mean()).to_numpy()
 
-
+# %% ../nbs/40_evaluate.ipynb #6ed564ea
 def climatology_forecast(
     known: pd.DataFrame,  # Labels of one symbol: target_end, y
     origins: pd.Series,  # When the forecasts are made
@@ -49,20 +49,20 @@ def climatology_forecast(
     total = np.r_[0.0, np.cumsum(known["y"].to_numpy())][count]
     return (total + prior) / (count + 1)
 
-
+# %% ../nbs/40_evaluate.ipynb #15437e2c
 def file_baselines(
     frame: pd.DataFrame,  # Checked predictions
 ) -> dict[str, np.ndarray]:  # prior and climatology, one value per row
     "Make the baselines that need nothing but the file."
     prior = prior_forecast(frame)
     climatology = np.empty(len(frame))
-    for _, where in frame.reset_index(drop=True).groupby("symbol").groups.items():
+    for where in frame.groupby("symbol").indices.values():
         rows = frame.iloc[where]
-        known = rows.drop_duplicates(["origin", "target_end"])[["target_end", "y"]]
+        known = rows.drop_duplicates(["origin", "target_end"])
         climatology[where] = climatology_forecast(known, rows["origin"], prior[where])
     return {"prior": prior, "climatology": climatology}
 
-# %% ../nbs/40_evaluate.ipynb #19363196
+# %% ../nbs/40_evaluate.ipynb #66edeb43
 def align_baselines(
     baselines: dict | pd.DataFrame,  # NAME -> forecasts for the rows of the frame
     frame: pd.DataFrame,  # Checked predictions
@@ -80,7 +80,7 @@ def align_baselines(
         out[name] = p
     return out
 
-
+# %% ../nbs/40_evaluate.ipynb #dcbcbd01
 def choose_baseline(
     frame: pd.DataFrame,  # Checked predictions
     baselines: dict[str, np.ndarray],  # NAME -> forecasts
@@ -139,7 +139,7 @@ def check_horizon(
         raise InputError(rule, f"{horizon} for labels that span {found} of its sessions", "Leave it out.")
     return found if horizon is None else horizon
 
-# %% ../nbs/40_evaluate.ipynb #99abd449
+# %% ../nbs/40_evaluate.ipynb #f688944c
 def evaluate_predictions(
     frame: pd.DataFrame,  # Predictions, as predictions.parquet or with its five required columns
     horizon: int | None = None,  # h in sessions of the file; None: read off the file
@@ -159,7 +159,7 @@ def evaluate_predictions(
         add_split(result, split, frame, forecasts)
     return result
 
-
+# %% ../nbs/40_evaluate.ipynb #1e6451d6
 def clark_west(
     rows: pd.DataFrame,  # One split, checked
     p: np.ndarray,  # Forecasts of the model
@@ -168,7 +168,7 @@ def clark_west(
     "Return the terms of Clark and West's statistic (2007)."
     return per_session(2 * (rows["y"].to_numpy() - prior) * (p - prior), rows)
 
-
+# %% ../nbs/40_evaluate.ipynb #d5b35a42
 def add_split(result: dict, split: str, frame: pd.DataFrame, forecasts: dict[str, np.ndarray]) -> None:
     "Put the scores, the span and the alarms of one split into the result."
     mask, binary = (frame["split"] == split).to_numpy(), result["kind"] == "binary"

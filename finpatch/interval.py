@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike
 
 from .core import InputError
 
-# %% ../nbs/39_interval.ipynb #41b46560
+# %% ../nbs/39_interval.ipynb #f9e2682e
 MIN_VALUES = 8
 
-
+# %% ../nbs/39_interval.ipynb #351af3fd
 class Interval(NamedTuple):
     "A value with the ends of its confidence interval; floats, or arrays of one shape."
 
@@ -25,12 +25,12 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-
+# %% ../nbs/39_interval.ipynb #e9b7e20a
 def n_cosines(n: int, horizon: int) -> int:  # ν
     "Return the degrees of freedom of the long-run variance of `n` values at a horizon."
     return max(4, min(int(0.4 * n ** (2 / 3)), n // (4 * horizon)))
 
-# %% ../nbs/39_interval.ipynb #ddf46d75
+# %% ../nbs/39_interval.ipynb #244d5bcc
 def mean_interval(
     x: ArrayLike,  # One value per session, time order, float (n,) or (draws, n)
     horizon: int = 1,  # h, in steps of x: how many of its values one label spans
@@ -54,7 +54,7 @@ def mean_interval(
     parts = mean, mean - half, mean + half
     return Interval(*parts) if x.ndim > 1 else Interval(*map(float, parts))
 
-
+# %% ../nbs/39_interval.ipynb #075a8893
 def check_series(x: ArrayLike, horizon: int, level: float) -> np.ndarray:  # float64
     "Return `x` as float64, refusing what no interval can be made of."
     x = np.asarray(x, dtype=np.float64)
@@ -69,7 +69,7 @@ def check_series(x: ArrayLike, horizon: int, level: float) -> np.ndarray:  # flo
         raise InputError("`level` must lie between 0 and 1", level, "Use 0.95 for a 95 % interval.")
     return x
 
-# %% ../nbs/39_interval.ipynb #0544605b
+# %% ../nbs/39_interval.ipynb #90757964
 def share_below(
     sample: np.ndarray,  # Sorted values
     at: np.ndarray,  # Where to ask
@@ -77,7 +77,7 @@ def share_below(
     "Return the share of `sample` below each point, ties counted half."
     return (np.searchsorted(sample, at, "left") + np.searchsorted(sample, at, "right")) / (2 * len(sample))
 
-
+# %% ../nbs/39_interval.ipynb #d4c8fb60
 def auc_influence(
     y: ArrayLike,  # 0 or 1, both present
     p: ArrayLike,  # Forecasts, any increasing scale
@@ -91,7 +91,7 @@ def auc_influence(
     of_one, of_zero = share_below(zeros, p) - area, 1 - share_below(ones, p) - area
     return area, np.where(y == 1, of_one / share, of_zero / (1 - share))
 
-# %% ../nbs/39_interval.ipynb #bbcf8c74
+# %% ../nbs/39_interval.ipynb #ab09487e
 def mean_above(
     values: np.ndarray,  # What to average
     key: np.ndarray,  # By what to compare
@@ -102,7 +102,7 @@ def mean_above(
     below = total[np.searchsorted(ranked, key, "left")] + total[np.searchsorted(ranked, key, "right")]
     return (total[-1] - below / 2) / len(values)
 
-
+# %% ../nbs/39_interval.ipynb #ce74e9c3
 def rank_ic_influence(
     y: ArrayLike,  # Outcomes
     p: ArrayLike,  # Forecasts
@@ -116,7 +116,7 @@ def rank_ic_influence(
     raw = u * v + mean_above(v, p) + mean_above(u, y)
     return float((u * v).mean() / scale), (raw - raw.mean()) / scale
 
-# %% ../nbs/39_interval.ipynb #8de90a06
+# %% ../nbs/39_interval.ipynb #d5205c7e
 def r2_influence(
     loss: ArrayLike,  # Squared errors of the forecast
     reference: ArrayLike,  # Squared errors of what it is compared with
@@ -126,7 +126,7 @@ def r2_influence(
     ratio = loss.mean() / reference.mean()
     return float(1 - ratio), -(loss - ratio * reference) / reference.mean()
 
-
+# %% ../nbs/39_interval.ipynb #20e29118
 def influence_interval(
     statistic: tuple[float, np.ndarray],  # A value and its influence per session
     horizon: int = 1,  # h, sessions

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import flush, to_json, utc_now
 
-# %% ../nbs/39b_ledger.ipynb #95d18955
+# %% ../nbs/39b_ledger.ipynb #2fd226cc
 def read_looks(
     path: Path | str,  # The ledger; none is an empty one
 ) -> list[dict]:  # {"time", "span", "what"}, oldest first
@@ -28,7 +28,7 @@ def read_looks(
             looks.append(look)
     return looks
 
-
+# %% ../nbs/39b_ledger.ipynb #aae8ec67
 def count_looks(
     path: Path | str,  # The ledger
     span: str,  # Digest of the span

@@ -19,10 +19,10 @@ from finpatch.interval import (
     rank_ic_influence,
 )
 
-# %% ../nbs/39d_metrics.ipynb #668e3210
+# %% ../nbs/39d_metrics.ipynb #c418d80f
 TINY = 1e-12
 
-
+# %% ../nbs/39d_metrics.ipynb #7325e8ac
 def losses(
     y: np.ndarray,  # Labels
     p: np.ndarray,  # Forecasts
@@ -34,12 +34,12 @@ def losses(
     p = np.clip(p, TINY, 1 - TINY)
     return -(y * np.log(p) + (1 - y) * np.log1p(-p))
 
-# %% ../nbs/39d_metrics.ipynb #0c5f046a
+# %% ../nbs/39d_metrics.ipynb #b27b93d4
 def session_codes(rows: pd.DataFrame) -> np.ndarray:  # 0, 1, … in time order
     "Number the sessions of the rows."
     return np.unique(rows["origin"].to_numpy(), return_inverse=True)[1]
 
-
+# %% ../nbs/39d_metrics.ipynb #1881e1e3
 def per_session(
     values: np.ndarray,  # One per row
     rows: pd.DataFrame,  # The rows, for their sessions
@@ -48,7 +48,7 @@ def per_session(
     codes = session_codes(rows)
     return np.bincount(codes, values) / np.bincount(codes)
 
-
+# %% ../nbs/39d_metrics.ipynb #4cfc835b
 def pooled(
     statistic: tuple[float, np.ndarray],  # Value; influence per row
     rows: pd.DataFrame,  # The rows, for their sessions
@@ -58,7 +58,7 @@ def pooled(
     sums = np.bincount(session_codes(rows), psi)
     return value, sums * len(sums) / len(rows)
 
-# %% ../nbs/39d_metrics.ipynb #ae317079
+# %% ../nbs/39d_metrics.ipynb #3fecd7a5
 def binary_metrics(
     rows: pd.DataFrame,  # One split, checked
     p: np.ndarray,  # Probabilities for its rows
@@ -72,7 +72,7 @@ def binary_metrics(
         out[name] = influence_interval(pooled(influence(y, p), rows), horizon)
     return {name: out[name] for name in ("log_loss", "auc", "accuracy", "brier", "base_rate", "calibration_slope")}
 
-
+# %% ../nbs/39d_metrics.ipynb #c3983dbb
 def real_metrics(
     rows: pd.DataFrame,  # One split, checked
     p: np.ndarray,  # Forecasts for its rows

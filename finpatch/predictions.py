@@ -15,13 +15,13 @@ import pandas as pd
 
 from .core import InputError, NotFoundError, json_digest, nearest
 
-# %% ../nbs/39a_predictions.ipynb #4bd71863
+# %% ../nbs/39a_predictions.ipynb #7b01da08
 REQUIRED = ("split", "origin", "target_end", "y", "p")
 DEFAULTS = {"fold": 0, "symbol": "", "budget": "", "seed": 0}
 COLUMNS = ("split", "fold", "symbol", "origin", "target_end", "budget", "seed", "y", "logit", "p")
 SPLITS = ("train", "val", "test")
 
-
+# %% ../nbs/39a_predictions.ipynb #80bfb942
 def session_column(values: pd.Series) -> pd.Series:  # datetime64, tz-naive, midnight
     "Read a column of dates, refusing what is none."
     if pd.api.types.is_numeric_dtype(values):
@@ -72,14 +72,14 @@ def conform(
         out["logit"] = np.nan
     return out[list(COLUMNS)].astype({"split": str, "symbol": str, "budget": str})
 
-# %% ../nbs/39a_predictions.ipynb #112cc7e5
+# %% ../nbs/39a_predictions.ipynb #5f73cec3
 def is_binary(
     frame: pd.DataFrame,  # Predictions with `y`
 ) -> bool:
     "Say whether every label is 0 or 1."
     return bool(frame["y"].isin([0, 1]).all())
 
-
+# %% ../nbs/39a_predictions.ipynb #fdc2972d
 def check_values(frame: pd.DataFrame) -> None:
     "Refuse probabilities outside [0, 1], and classes that are not named 0 and 1."
     classes = np.unique(frame["y"])
@@ -109,7 +109,7 @@ def check_rows(frame: pd.DataFrame) -> None:
         found = f"{int(backwards.sum())} that do not, first at {frame['origin'][backwards].iloc[0]:%Y-%m-%d}"
         raise InputError("`target_end` must come after `origin`", found, "A forecast looks at sessions after its own.")
 
-# %% ../nbs/39a_predictions.ipynb #5aec7239
+# %% ../nbs/39a_predictions.ipynb #1fddc0a8
 def overlapping_rows(
     fold: pd.DataFrame,  # The rows of one fold
 ) -> pd.DataFrame:  # Those whose label span began in another split
@@ -123,7 +123,7 @@ def overlapping_rows(
         bad[rows.index[seen]] = ends[before[seen]] > rows["origin"].to_numpy()[seen]
     return fold[bad]
 
-
+# %% ../nbs/39a_predictions.ipynb #0507d26a
 def check_splits(frame: pd.DataFrame) -> None:
     "Refuse splits whose label spans overlap within a fold."
     for number, fold in frame.reset_index(drop=True).groupby("fold"):
@@ -135,16 +135,19 @@ def check_splits(frame: pd.DataFrame) -> None:
             remedy = "Drop the rows whose label ends after the next split begins (the purge: horizon − 1 sessions)."
             raise InputError("the label spans of two splits must share no session", found, remedy)
 
-# %% ../nbs/39a_predictions.ipynb #9dca5edc
+# %% ../nbs/39a_predictions.ipynb #f1507559
 def infer_horizon(
     frame: pd.DataFrame,  # Predictions with `origin` and `target_end`
 ) -> int:  # h, in steps between the file's sessions
-    "Count how many of the file's sessions a label spans."
-    sessions = np.unique(frame["origin"].to_numpy())
-    start, end = (np.searchsorted(sessions, frame[name].to_numpy()) for name in ("origin", "target_end"))
-    return max(1, int(pd.Series(end - start).mode().iloc[0]))
+    "Count how many of its symbol's sessions in the file a label spans."
+    spans = []
+    for _, rows in frame.groupby("symbol"):
+        sessions = np.unique(rows["origin"].to_numpy())
+        start, end = (np.searchsorted(sessions, rows[name].to_numpy()) for name in ("origin", "target_end"))
+        spans.append(pd.Series(end - start))
+    return max(1, int(pd.concat(spans).mode().iloc[0]))
 
-# %% ../nbs/39a_predictions.ipynb #7e397e5d
+# %% ../nbs/39a_predictions.ipynb #e729df08
 def check_predictions(
     frame: pd.DataFrame,  # Forecasts, one a row
 ) -> pd.DataFrame:  # Checked and typed, the same index
@@ -158,12 +161,12 @@ def check_predictions(
         check(out)
     return out
 
-
+# %% ../nbs/39a_predictions.ipynb #7e3bbfb1
 def read_text(path: Path) -> pd.DataFrame:
     "Read a CSV file; `NA` and `000001` are symbols, not a missing value and not the number 1."
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"symbol": str, "budget": str})
 
-
+# %% ../nbs/39a_predictions.ipynb #c7260465
 def load_predictions(
     path: Path | str,  # A .csv or .parquet file
 ) -> pd.DataFrame:  # Checked and typed
@@ -180,12 +183,12 @@ def load_predictions(
         raise InputError("a predictions file must be readable", f"{path}: {error}", "Write it again.") from None
     return check_predictions(frame)
 
-# %% ../nbs/39a_predictions.ipynb #719a7715
+# %% ../nbs/39a_predictions.ipynb #92cbb132
 def span_digest(
     frame: pd.DataFrame,  # Checked predictions
     split: str = "test",  # Whose rows
 ) -> str:  # Hexadecimal SHA-256
     "Name the span that the rows of a split were scored on, whoever made the forecasts."
-    rows = frame[frame["split"] == split].sort_values(["symbol", "origin"])
+    rows = frame[frame["split"] == split].sort_values(["origin", "target_end", "y"])
     dates = [rows[name].dt.strftime("%Y-%m-%d").tolist() for name in ("origin", "target_end")]
-    return json_digest([rows["symbol"].tolist(), *dates, rows["y"].astype(np.float32).astype(float).tolist()])
+    return json_digest([*dates, rows["y"].astype(np.float32).astype(float).tolist()])
