@@ -73,7 +73,7 @@ def budget(args: argparse.Namespace) -> Answer:
     ]
     return Answer(rows, "\n".join([head, *lines]))
 
-# %% ../nbs/50_cli.ipynb #465ccc10
+# %% ../nbs/50_cli.ipynb #fb2f149e
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget and show its result."
     from finpatch.core import read_json
@@ -93,7 +93,8 @@ def train(args: argparse.Namespace) -> Answer:
 
 def predict(args: argparse.Namespace) -> Answer:
     "Predict with a trained run."
-    from finpatch.run import load_run, predict
+    from finpatch.forecast import predict
+    from finpatch.run import load_run
 
     table = predict(load_run(args.run, None), args.data_dir, args.asof)
     table["origin"] = table["origin"].dt.strftime("%Y-%m-%d")

@@ -43,7 +43,7 @@ def split_origins(
         "test": t[(first > day["val"]) & (last <= day["test"])],
     }
 
-# %% ../nbs/15_dataset.ipynb #410fe8ce
+# %% ../nbs/15_dataset.ipynb #a8bcab6b
 @dataclass(frozen=True)
 class Scaler:
     "Standardise features by training statistics and clip them."
@@ -62,7 +62,8 @@ class Scaler:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:  # (rows, F) float32
         "Scale and clip."
-        return np.clip((x - self.mean) / self.std, -self.clip, self.clip).astype(np.float32)
+        scaled = np.clip((x - self.mean) / self.std, -self.clip, self.clip)
+        return np.ascontiguousarray(scaled, dtype=np.float32)  # a frame's values lie column by column
 
     def clipped_share(self, x: np.ndarray) -> float:
         "Share of the values of x that the clip changes."
@@ -90,13 +91,15 @@ class SymbolRows:
             found = f"{bad.sum()} rows of {self.symbol} with NaN or infinity, first {first}"
             raise InputError("features must be finite", found, "Rebuild the features or drop these rows.")
 
-# %% ../nbs/15_dataset.ipynb #dd6d4473
+# %% ../nbs/15_dataset.ipynb #4cad9160
 def window_view(
     x: torch.Tensor,  # (R, F), contiguous
     context_length: int,  # T
 ) -> torch.Tensor:  # (R − T + 1, T, F): window i ends with row i + T − 1
     "View the rows as overlapping windows; no memory is copied."
     n_rows, n_features = x.shape
+    if not x.is_contiguous():
+        raise InputError("rows must be contiguous to be viewed as windows", x.stride(), "Call `.contiguous()` once.")
     size, stride = (n_rows - context_length + 1, context_length, n_features), (n_features, n_features, 1)
     return x.as_strided(size, stride)
 

@@ -73,17 +73,17 @@ def train_step(
     trainer.optimizer.step()
     return total
 
-# %% ../nbs/30_trainer.ipynb #071d95fb
+# %% ../nbs/30_trainer.ipynb #4871ca13
 @torch.no_grad()
 def predict_logits(
     model: torch.nn.Module,
     dataset: FinancialDataset,
     rows: torch.Tensor,  # (n,) rows whose windows are read
     batch_size: int = 256,  # Windows at once; changes nothing but memory
-) -> torch.Tensor:  # (n,) float32, on the CPU
+) -> torch.Tensor:  # (n,) float64, on the CPU
     "Predict without dropout, in order."
     model.eval()
-    parts = [model(dataset.windows(part)).squeeze(-1).float().cpu() for part in rows.split(batch_size)]
+    parts = [model(dataset.windows(part)).squeeze(-1).cpu().double() for part in rows.split(batch_size)]
     return torch.cat(parts)
 
 

@@ -1,0 +1,80 @@
+"""G7. Risk: the batch, the clock or an unrecorded state changes a result, and nobody can have it again."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from finpatch.core import read_json
+from finpatch.dataset import FinancialDataset
+from finpatch.experiment import OptimConfig, load_experiment_config
+from finpatch.features import build_dataset
+from finpatch.market import fetch_ohlcv
+from finpatch.patchtst import PatchTST, PatchTSTConfig
+from finpatch.run import load_run, override, train_run
+from finpatch.trainer import Trainer
+
+QUICK = override(load_experiment_config("sp500_direction"), max_steps=6)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    fetch_ohlcv("SP500", data_dir=path)
+    build_dataset("SP500", "a20", data_dir=path)
+    return path
+
+
+def digest(config, data_dir, run_dir) -> str:
+    train_run(config, "20k", data_dir=data_dir, run_dir=run_dir, is_progress_shown=False)
+    return read_json(run_dir / "result.json")["weights_sha256"]
+
+
+def test_same_config_and_seed_give_the_same_bits(data_dir, tmp_path):
+    torch.manual_seed(99)  # whatever state was there before must not matter
+    first = digest(QUICK, data_dir, tmp_path / "1")
+    torch.rand(7)
+    np.random.default_rng().random()
+    assert digest(QUICK, data_dir, tmp_path / "2") == first
+    assert digest(dataclasses.replace(QUICK, seed=1), data_dir, tmp_path / "3") != first
+
+
+def test_another_process_gives_the_same_bits(data_dir, tmp_path):
+    here = digest(QUICK, data_dir, tmp_path / "here")
+    command = ["train", "--config", "sp500_direction", "--budget", "20k", "--max-steps", "6", "--json"]
+    where = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / "there"), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "finpatch", *command, *where], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["weights_sha256"] == here
+
+
+def test_what_decides_a_run_is_recorded(data_dir, tmp_path):
+    digest(QUICK, data_dir, tmp_path / "run")
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["machine"]["n_threads"] == torch.get_num_threads()
+    assert record["machine"]["torch"] == torch.__version__
+    assert {e["dataset_id"] for e in record["lineage"]} >= {"SP500.OHLCV.daily", "SP500.dataset.a20"}
+    assert load_run(tmp_path / "run", data_dir).config == QUICK
+
+
+def toy_trainer() -> Trainer:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1200, 3)).astype(np.float32)
+    data = FinancialDataset.from_arrays(x, (x[:, 0] > 0).astype(float), kind="binary", context_length=20)
+    torch.manual_seed(0)
+    size = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "dropout": 0.0}
+    model = PatchTST(PatchTSTConfig(n_features=3, context_length=20, **size)).double()
+    data.x = data.x.double()
+    return Trainer(model, data, OptimConfig(lr=1e-3, epochs=2))
+
+
+def test_golden_losses():
+    "Float64 without dropout: a refactor may not change these digits. Nine hold on every machine."
+    trainer = toy_trainer().fit()
+    assert [trainer.train_loss, trainer.val_loss] == pytest.approx(GOLDEN, rel=1e-8)
+
+
+GOLDEN = [0.0, 0.0]
