@@ -57,7 +57,7 @@ def make_model(
     model.set_output_bias(dataset.task.prior_logit(y_train))
     return model
 
-# %% ../nbs/42_run.ipynb #a8d9c4e6
+# %% ../nbs/42_run.ipynb #560b90a7
 def predict_samples(
     model: PatchTST,
     dataset: FinancialDataset,
@@ -65,7 +65,7 @@ def predict_samples(
     seed: int,
 ) -> pd.DataFrame:  # split, fold, symbol, origin, target_end, budget, seed, y, logit, p
     "Predict every sample."
-    logit = predict_logits(model, dataset, dataset.row).numpy().astype(np.float64)
+    logit = predict_logits(model, dataset, dataset.row).numpy()
     table = dataset.samples
     return pd.DataFrame({
         "split": table["split"], "fold": 0, "symbol": table["symbol"],
@@ -73,7 +73,7 @@ def predict_samples(
         "y": table["y"], "logit": logit, "p": dataset.task.link(logit),
     })
 
-# %% ../nbs/42_run.ipynb #cb47d0e8
+# %% ../nbs/42_run.ipynb #9969b774
 def load_frames(config: ExperimentConfig, data_dir: Path | str) -> dict[str, pd.DataFrame]:
     "Load the dataset frames of an experiment by symbol."
     return {s: load_frame(data_dir, n) for s, n in zip(config.symbols, config.dataset, strict=True)}
@@ -88,9 +88,7 @@ def judge(
     "Evaluate predictions beside the baselines, and count the look."
     task = Task(config.task, horizon=config.horizon)
     looks = record_look(Path(data_dir) / "ledger.jsonl", span_digest(predictions), what)
-    frames = load_frames(config, data_dir)
-    parts = [baseline_predictions(task, frames[s], rows) for s, rows in predictions.groupby("symbol", sort=False)]
-    baselines = {name: pd.concat([p[name] for p in parts]) for name in parts[0]}
+    baselines = baseline_predictions(task, load_frames(config, data_dir), predictions)
     result = evaluate_predictions(predictions, horizon=config.horizon, baselines=baselines)
     return result | {"n_test_looks": looks}
 
