@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SplitsConfig', 'ModelConfig', 'OptimConfig', 'check_tiers', 'ExperimentConfig', 'load_experiment_config']
 
-# %% ../nbs/14_experiment.ipynb #3280a161
+# %% ../nbs/14_experiment.ipynb #c10bd47c
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
 from .config import check_range, find_config, load_yaml, parse_config
 from .core import InputError
+from .model_config import check_field
 from .targets import Task
 
 # %% ../nbs/14_experiment.ipynb #11a7af1e
@@ -34,7 +35,7 @@ class SplitsConfig:
         check_range("splits.embargo", self.embargo, 0)
         check_range("splits.max_context", self.max_context, 1)
 
-# %% ../nbs/14_experiment.ipynb #feadf346
+# %% ../nbs/14_experiment.ipynb #c0275ec9
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     "Settings of PatchTST that a budget leaves open."
@@ -51,6 +52,7 @@ class ModelConfig:
         check_range("model.stride", self.stride, 1)
         check_range("model.dropout", self.dropout, 0, 0.9)
         check_range("model.head_dropout", self.head_dropout, 0, 0.9)
+        check_field("channel_mode", str, self.channel_mode)
 
 # %% ../nbs/14_experiment.ipynb #516a4c45
 @dataclass(frozen=True, kw_only=True)

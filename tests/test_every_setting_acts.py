@@ -22,7 +22,7 @@ from finpatch.trainer import Trainer
 from finpatch.callbacks import default_callbacks
 
 SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
-DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=900), name="session")
+DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=1200), name="session")
 BASE = ExperimentConfig(
     seed=0,
     dataset=("TOY.dataset.a20",),
@@ -30,7 +30,7 @@ BASE = ExperimentConfig(
     horizon=1,
     context_length=20,
     splits=SplitsConfig(
-        train_end=DAYS[499].date(), val_end=DAYS[699].date(), test_end=DAYS[899].date(), max_context=30
+        train_end=DAYS[499].date(), val_end=DAYS[799].date(), test_end=DAYS[1099].date(), max_context=30
     ),
     optim=OptimConfig(lr=1e-3, epochs=2, warmup_steps=4, patience=None),
 )
@@ -40,8 +40,8 @@ CHANGES = {
     "horizon": 2,
     "context_length": 25,
     "splits.train_end": DAYS[480].date(),
-    "splits.val_end": DAYS[680].date(),
-    "splits.test_end": DAYS[880].date(),
+    "splits.val_end": DAYS[780].date(),
+    "splits.test_end": DAYS[1050].date(),
     "splits.train_start": DAYS[100].date(),
     "splits.embargo": 3,
     "splits.max_context": 40,
