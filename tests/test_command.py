@@ -1,0 +1,217 @@
+"""The command as a user meets it. Risk: a guarantee that holds in the library and is lost on the way to the terminal."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.numpy import load_file
+
+from finpatch.cli import main, make_parser
+from finpatch.core import read_json
+
+
+def finpatch(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "finpatch", *map(str, words)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    path = tmp_path_factory.mktemp("built") / "data"
+    for words in (("data", "fetch", "SP500"), ("data", "build", "SP500")):
+        assert main([*words, "--data-dir", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def data_dir(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "data")
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, capsys):
+    "Run the command in this process; return status, standard output and standard error."
+
+    def call(*words):
+        capsys.readouterr()
+        try:
+            status = main([str(w) for w in words] + ["--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def names(parser, prefix=()):
+    "List the subcommands of a parser, at any depth."
+    actions = [a for a in parser._actions if getattr(a, "choices", None) and isinstance(a.choices, dict)]
+    if not actions:
+        return [prefix]
+    return [n for name, p in actions[0].choices.items() for n in names(p, (*prefix, name))]
+
+
+@pytest.mark.parametrize("words", names(make_parser()), ids=" ".join)
+def test_every_subcommand_has_help_with_an_example(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"finpatch {' '.join(words)}" in out.split("example:")[1]
+    for option in ("--data-dir", "--runs-dir", "--json", "--debug"):
+        assert option in out
+
+
+def test_budget_counts_are_those_of_the_study(run):
+    status, out, _ = run("budget", "2m", "20m", "200m", "--json")
+    budgets = json.loads(out)["budgets"]
+    assert status == 0
+    assert [budgets[k]["n_params"] for k in ("2m", "20m", "200m")] == [1822657, 19029505, 201769985]
+
+
+def test_wrong_usage_is_status_2_and_json_where_asked():
+    done = finpatch("train", "--budget", "2m", "--json")
+    assert done.returncode == 2
+    assert "--config" in json.loads(done.stdout)["error"]["found"]
+    assert finpatch("tran").returncode == 2
+
+
+def flip(data_dir):
+    path = data_dir / "raw" / "SP500.OHLCV.daily.v1.parquet"
+    data = bytearray(path.read_bytes())
+    data[random.Random(0).randrange(len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def remove_parent(data_dir):
+    (data_dir / "raw" / "SP500.OHLCV.daily.v1.parquet").unlink()
+
+
+def add_file(data_dir):
+    path = data_dir / "processed" / "SP500.dataset.a20.v1.parquet"
+    shutil.copy(path, path.with_name("SP500.dataset.a20.copy.parquet"))
+
+
+def edit_manifest(data_dir):
+    path = data_dir / "processed" / "manifest.json"
+    path.write_text(path.read_text().replace('"n_rows": 4631', '"n_rows": 4632', 1))
+
+
+ACCIDENTS = {
+    flip: ("changed", "raw/SP500.OHLCV.daily.v1.parquet"),
+    remove_parent: ("missing", "raw/SP500.OHLCV.daily.v1.parquet"),
+    add_file: ("unregistered", "processed/SP500.dataset.a20.copy.parquet"),
+    edit_manifest: ("manifest_edited", "processed/manifest.json"),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda f: f.__name__)
+def test_verify_names_the_accident_and_train_refuses(accident, run, data_dir):
+    assert run("verify")[0] == 0
+    accident(data_dir)
+    problem, path = ACCIDENTS[accident]
+    status, out, _ = run("verify", "--json")
+    found = [(f["problem"], f["path"]) for f in json.loads(out)["findings"]]
+    assert status == 1 and (problem, path) in found
+    assert path in run("verify")[1]
+    status, out, err = run("train", "--config", "sp500_direction", "--budget", "10k", "--json")
+    assert status == 1 and path.rsplit("/", 1)[1] in err
+    assert set(json.loads(out)["error"]) == {"rule", "found", "remedy"}
+    assert not (data_dir / "ledger.jsonl").exists()
+
+
+def test_training_on_data_that_is_not_built_says_what_to_run(run):
+    status, _, err = run("train", "--config", "spy_direction", "--budget", "10k")
+    assert status == 1 and "SPY.dataset.a20" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_defect_is_one_line_unless_debug_is_asked_for(run, monkeypatch):
+    import finpatch.budget
+
+    monkeypatch.setattr(finpatch.budget, "describe_budgets", lambda names: 1 / 0)
+    assert len(run("budget")[2].splitlines()) == 1
+    assert "Traceback" in run("budget", "--debug")[2]
+
+
+def test_a_budget_off_tolerance_does_not_train(run, monkeypatch):
+    import finpatch.run as owner
+
+    monkeypatch.setattr(owner, "count_parameters", lambda model: 10_201)
+    status, _, err = run("train", "--config", "sp500_direction", "--budget", "10k", "--max-steps", "1")
+    assert status == 1 and "10,201" in err or "10201" in err
+
+
+def test_train_predict_evaluate_and_the_ledger(run, tmp_path):
+    status, out, _ = run("train", "--config", "sp500_direction", "--budget", "10k", "--max-steps", "4", "--json")
+    result = json.loads(out)
+    assert status == 0 and result["n_test_looks"] == 1
+    wanted = {"run_dir", "status", "stop_reason", "resumed_from_step", "n_steps", "n_params", "n_windows", "val", "test",
+              "baselines", "weights_sha256", "wall_s", "peak_mem_gib", "schema_version"}  # fmt: skip
+    assert wanted <= set(result)
+    for name in ("log_loss", "auc", "accuracy", "brier", "skill"):
+        assert result["test"][name]["low"] <= result["test"][name]["value"] <= result["test"][name]["high"]
+    assert {"prior", "climatology", "volatility", "last_row"} <= set(result["baselines"])
+    status, out, _ = run("predict", "--run", result["run_dir"], "--asof", "2018-12-31", "--json")
+    assert [p["origin"] for p in json.loads(out)["predictions"]] == ["2018-12-31"]
+    file = f"{result['run_dir']}/predictions.parquet"
+    again = json.loads(run("evaluate", file, "--config", "sp500_direction", "--json")[1])
+    assert again["test"]["log_loss"] == result["test"]["log_loss"]
+    assert again["n_test_looks"] == 2
+    assert json.loads(run("evaluate", file, "--json")[1])["n_test_looks"] == 3
+    assert run("runs")[1].split()[0] == "done"
+
+
+def test_a_missing_file_is_one_line(run):
+    status, _, err = run("evaluate", "nothing.csv")
+    assert status == 1 and "nothing.csv" in err and len(err.strip().splitlines()) == 1
+
+
+SAVE = """
+import sys, torch
+from finpatch.callbacks import save_weights
+model = torch.nn.Linear(800, 800)
+print("ready", flush=True)
+while True:
+    save_weights(model, sys.argv[1])
+"""
+
+
+def test_twenty_kills_while_saving_weights(tmp_path):
+    "Whatever moment a kill meets, the weights under the final name are whole."
+    rng, path = random.Random(1), tmp_path / "last.safetensors"
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        if path.exists():
+            assert load_file(path)["weight"].shape == (800, 800)
+    assert path.exists()
+
+
+def test_kills_during_fetch_build_and_train_leave_the_next_command_working(tmp_path):
+    "The whole chain is killed at six moments, then runs through."
+    where = ["--data-dir", str(tmp_path / "data"), "--runs-dir", str(tmp_path / "runs")]
+    steps = [["data", "fetch", "SP500"], ["data", "build", "SP500"]]
+    steps += [["train", "--config", "sp500_direction", "--budget", "10k", "--max-steps", "40"]]
+    rng = random.Random(2)
+    for words in steps:
+        for low, high in ((0.3, 1.0), (1.0, 2.5)):
+            child = subprocess.Popen([sys.executable, "-m", "finpatch", *words, *where], stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(low, high))
+            child.kill()
+            child.wait()
+        done = finpatch(*words, *where)
+        assert done.returncode == 0, done.stderr
+    assert finpatch("verify", *where).returncode == 0
+    for folder in (tmp_path / "runs").iterdir():
+        status = read_json(folder / "run.json")["status"] if (folder / "run.json").exists() else "running"
+        assert (status == "done") == (folder / "result.json").exists()
