@@ -118,7 +118,7 @@ def read_entries(
                          each["found"], "Restore it, e.g. with `git checkout`; `finpatch verify` lists every edit.")
     return [entry for entries, _ in books for entry in entries]
 
-# %% ../nbs/03_entries.ipynb #41cb647b
+# %% ../nbs/03_entries.ipynb #1d917736
 def pick(
     entries: list[dict],  # Where to look
     dataset_id: str,  # e.g. "SP500.OHLCV.daily"
@@ -129,7 +129,7 @@ def pick(
     if found: return max(found, key=lambda entry: entry["version"])
     known = {entry["dataset_id"] + ("" if version is None else f" v{entry['version']}") for entry in entries}
     name = dataset_id + ("" if version is None else f" v{version}")
-    remedy = nearest(name, sorted(known)) if known else "Nothing is registered yet: `finpatch data build SYMBOL`."
+    remedy = nearest(name, sorted(known)) if known else "Begin with `finpatch data fetch SYMBOL`."
     raise InputError("a dataset must be registered before it is used", f"`{name}`", remedy)
 
 # %% ../nbs/03_entries.ipynb #5d8a1e88

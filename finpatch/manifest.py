@@ -233,7 +233,7 @@ def store_processed(
         new = describe(dataset_id, frame, made_from(data_dir, tier, parents, code_sha256, machine))
         return store(data_dir, "processed", new, frame, new_version)
 
-# %% ../nbs/10_manifest.ipynb #ab5a5740
+# %% ../nbs/10_manifest.ipynb #b317cb95
 def load_frame(
     data_dir: Path | str,  # The data folder
     dataset_id: str,  # e.g. "SP500.dataset.a20"
@@ -242,9 +242,9 @@ def load_frame(
     "Read a registered dataset, refusing content that is not the registered one."
     entry = find_entry(data_dir, dataset_id, version)
     path = Path(data_dir) / entry["path"]
-    remedy = f"Run `finpatch data build {dataset_id.rsplit('.', 2)[0]}`, or restore it."
+    command = f"finpatch data {'build' if 'parents' in entry else 'fetch'} {dataset_id.rsplit('.', 2)[0]}"
     if not path.is_file():
-        raise NotFoundError("a registered file must be there to be read", f"nothing at {path}", remedy)
+        raise NotFoundError("a registered file must be there to be read", f"nothing at {path}", f"Restore it, or `{command}`.")
     frame = read_frame(path)
     if (found := content_sha256(frame)) in variants(entry): return frame
-    raise InputError(f"{path} must have the content {entry['content_sha256']}", found, remedy)
+    raise InputError(f"{path} must have the content {entry['content_sha256']}", found, f"Restore it, or `{command}`.")
