@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/11e_indicators.ipynb #cb6418ec
+# %% ../nbs/11e_indicators.ipynb #70724b93
 def lagged(x: np.ndarray, n: int) -> Iterator[np.ndarray]:
     "Yield x shifted by 0 … n−1 sessions, NaN where there was none."
     for k in range(n):
         yield np.concatenate([np.full(min(k, len(x)), np.nan), x[: max(len(x) - k, 0)]])
 
-
+# %% ../nbs/11e_indicators.ipynb #87159bc6
 def window_mean(
     x: np.ndarray,  # (rows,)
     n: int,  # Sessions, the present one included
@@ -27,7 +27,7 @@ def window_mean(
     "Return the mean over the last n sessions."
     return sum(lagged(x, n)) / n
 
-
+# %% ../nbs/11e_indicators.ipynb #d91f50c7
 def window_std(
     x: np.ndarray,  # (rows,)
     n: int,  # Sessions, the present one included
@@ -37,7 +37,7 @@ def window_std(
     mean = window_mean(x, n)
     return np.sqrt(sum((v - mean) ** 2 for v in lagged(x, n)) / (n - ddof))
 
-# %% ../nbs/11e_indicators.ipynb #6159b6a9
+# %% ../nbs/11e_indicators.ipynb #2e349797
 def ratio(
     a: np.ndarray,  # Numerator
     b: np.ndarray,  # Denominator, ≥ 0
@@ -47,28 +47,28 @@ def ratio(
     known = np.isfinite(a) & np.isfinite(b)
     return np.divide(a, b, out=np.where(known, empty, np.nan), where=known & (b > 0))
 
-
+# %% ../nbs/11e_indicators.ipynb #6d239391
 def log_ratio(a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
     "Return log(a / b), NaN unless both are positive."
     a, b = np.broadcast_arrays(a, b)
     return np.log(np.divide(a, b, out=np.full(a.shape, np.nan), where=(a > 0) & (b > 0)))
 
-# %% ../nbs/11e_indicators.ipynb #ce9a3bbe
+# %% ../nbs/11e_indicators.ipynb #23b8e661
 TIE = 1e-9  # Relative difference below which two prices are the same
 SIGMA_DAYS = 60
 
-
+# %% ../nbs/11e_indicators.ipynb #cb306105
 def previous(x: np.ndarray) -> np.ndarray:  # (rows,), NaN first
     "Return the value of the session before."
     return np.concatenate([[np.nan], x[:-1]])[: len(x)]
 
-
+# %% ../nbs/11e_indicators.ipynb #137e2f3e
 def log_returns(close: np.ndarray) -> np.ndarray:  # (rows,), NaN first
     "Return daily log returns, 0 for ties."
     r = log_ratio(close, previous(close))
     return np.where(abs(r) <= TIE, 0.0, r)
 
-
+# %% ../nbs/11e_indicators.ipynb #b26d93ab
 def settle_ties(
     price: np.ndarray,  # Any forward-adjusted price
 ) -> np.ndarray:  # The same, exactly constant where it stands still
@@ -76,7 +76,7 @@ def settle_ties(
     has_moved = ~(abs(log_ratio(price, previous(price))) <= TIE)
     return price[np.maximum.accumulate(np.where(has_moved, np.arange(len(price)), 0))]
 
-
+# %% ../nbs/11e_indicators.ipynb #a3832e5e
 def trailing_sigma(
     close: np.ndarray,  # Forward-adjusted closes
     n: int = SIGMA_DAYS,  # Sessions
@@ -112,21 +112,21 @@ def obv_z(
     mean = sum(gaps) / n
     return ratio(-mean, np.sqrt(sum((gap - mean) ** 2 for gap in gaps) / n), 0.0)
 
-# %% ../nbs/11e_indicators.ipynb #34f76c2c
+# %% ../nbs/11e_indicators.ipynb #e3b4fc00
 def rsi(close: np.ndarray) -> np.ndarray:  # 0 … 1
     "Return RSI(14) as a fraction."
     import talib
 
     return talib.RSI(close, 14) / 100
 
-
+# %% ../nbs/11e_indicators.ipynb #570427e4
 def stochrsi(close: np.ndarray) -> np.ndarray:  # 0 … 1
     "Return the fast %K of STOCHRSI(14, 5, 3, 0) as a fraction."
     import talib
 
     return talib.STOCHRSI(close, 14, 5, 3, 0)[0] / 100
 
-
+# %% ../nbs/11e_indicators.ipynb #f5616f2a
 def percent_b(close: np.ndarray) -> np.ndarray:  # 0.5 where all twenty closes tie
     "Return where the close lies between the lower (0) and the upper (1) of BBANDS(20, 2, 2)."
     import talib
@@ -135,7 +135,7 @@ def percent_b(close: np.ndarray) -> np.ndarray:  # 0.5 where all twenty closes t
     meets = talib.MAX(close, 20) - talib.MIN(close, 20) <= TIE * close
     return np.where(meets, 0.5, ratio(close - lower, upper - lower, 0.5))
 
-
+# %% ../nbs/11e_indicators.ipynb #e23edbae
 def vwap(high: np.ndarray, low: np.ndarray, close: np.ndarray, volume: np.ndarray, n: int = 20) -> np.ndarray:
     "Return the n-day volume-weighted typical price, unweighted where there was no volume."
     typical = (high + low + close) / 3
@@ -162,7 +162,7 @@ def a20(
         | {"bb_percent_b_20": percent_b(c), "vwap_20_gap": log_ratio(c, vwap(h, l, c, v))}
     )
 
-# %% ../nbs/11e_indicators.ipynb #92c13742
+# %% ../nbs/11e_indicators.ipynb #a2b6037a
 def stale_opens(
     bars: pd.DataFrame,  # Open and Close, oldest first
     n: int = 60,  # Sessions looked back upon
@@ -172,7 +172,7 @@ def stale_opens(
     copies = abs(log_ratio(bars["Open"].to_numpy(), previous(bars["Close"].to_numpy()))) <= 1e-6
     return window_mean(copies.astype(np.float64), n) > share
 
-
+# %% ../nbs/11e_indicators.ipynb #6f8d79d4
 def raw6(
     bars: pd.DataFrame,  # Forward-adjusted Open High Low Close Volume, oldest first
 ) -> dict[str, np.ndarray]:  # Six arrays as long as the bars, float64
