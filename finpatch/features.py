@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'USER', 'WARMUP', 'BAR_COLUMNS', 'log', 'Feature', 'tier_features', 'feature_names', 'catalogue',
            'adjusted_bars', 'compute_features', 'run_feature', 'check_new', 'feature', 'refuse_leak', 'code_sha256',
-           'names_used', 'refuse_undefined', 'build_dataset']
+           'names_used', 'refuse_undefined', 'build_dataset', 'check_causal', 'stale_opens']
 
-# %% ../nbs/12_features.ipynb #232e2b50
+# %% ../nbs/12_features.ipynb #c394a9c4
 import hashlib
 import inspect
 import logging
@@ -25,6 +25,8 @@ from .causal import check_causal, random_bars, telling_cuts
 from .core import InputError, nearest
 from .indicators import A20, RAW6, a20, raw6, stale_opens
 from .manifest import find_entry, load_frame, store_processed
+
+_all_ = ["check_causal", "stale_opens"]
 
 # %% ../nbs/12_features.ipynb #a1e6e09c
 @dataclass(frozen=True)
