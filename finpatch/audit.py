@@ -20,10 +20,10 @@ from .features import adjusted_bars, compute_features, feature_names
 from .indicators import log_returns
 from .manifest import find_entry, load_frame
 
-# %% ../nbs/16_audit.ipynb #44dd3f20
+# %% ../nbs/16_audit.ipynb #10a00ef2
 MAX_IC, MAX_T = 0.10, 6.0
 
-
+# %% ../nbs/16_audit.ipynb #97f061c1
 def next_returns(
     prices: pd.DataFrame,  # With Close; adjusted first if there is an `Adj Close`
     n_ahead: int = 5,  # Sessions
@@ -33,7 +33,7 @@ def next_returns(
     r = pd.Series(log_returns(close.to_numpy(np.float64)), index=prices.index)
     return {k: r.shift(-k) for k in range(1, n_ahead + 1)}
 
-
+# %% ../nbs/16_audit.ipynb #eb1126fd
 def rank_correlation(
     x: np.ndarray,  # Ranks, NaN where there is no value
     y: np.ndarray,  # Ranks, NaN where there is no value
@@ -44,7 +44,7 @@ def rank_correlation(
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0: return 0.0, len(x)
     return float(np.corrcoef(x, y)[0, 1]), len(x)
 
-
+# %% ../nbs/16_audit.ipynb #faa5f667
 def scan_columns(
     features: pd.DataFrame,  # Columns to look at, indexed by session
     future: pd.DataFrame | pd.Series,  # Prices, or the future return of each session
@@ -93,7 +93,7 @@ class AuditReport:
         leaks = pd.DataFrame(self.leaks, columns=Leak._fields).sort_values("row").drop_duplicates(["column", "kind"])
         return [table for table in (leaks, self.suspects) if len(table)]
 
-# %% ../nbs/16_audit.ipynb #65a12cf6
+# %% ../nbs/16_audit.ipynb #a086a119
 def headline(
     report: AuditReport,
 ) -> str:  # One line, then one per note
@@ -102,20 +102,20 @@ def headline(
     tried = f"{report.n_rows} rows × {len(report.columns)} columns, {len(report.cuts)} cuts"
     return "\n".join([f"{report.name}: {found} ({tried})", *report.notes])
 
-
+# %% ../nbs/16_audit.ipynb #a21fd0f5
 def _text(report: AuditReport) -> str:
     return "\n".join([headline(report), *(table.head(10).to_string(index=False) for table in report.tables())])
 
-
+# %% ../nbs/16_audit.ipynb #3a526e9d
 def _html(report: AuditReport) -> str:
     import html
 
     return f"<p>{html.escape(headline(report))}</p>" + "".join(table.head(10).to_html(index=False) for table in report.tables())
 
-
+# %% ../nbs/16_audit.ipynb #5478d382
 AuditReport.__repr__, AuditReport._repr_html_ = _text, _html
 
-# %% ../nbs/16_audit.ipynb #32562808
+# %% ../nbs/16_audit.ipynb #75e284b6
 def choose_cuts(
     cuts: int | Iterable[int],  # How many, or which rows
     n_rows: int,  # Of the frame
@@ -131,7 +131,7 @@ def choose_cuts(
         raise InputError(f"cuts are rows from 0 to {n_rows - 1}", f"{rows[:1]} … {rows[-1:]}", "Choose rows of the frame.")
     return rows
 
-
+# %% ../nbs/16_audit.ipynb #e81edb2e
 def audit(
     fn: Callable,  # frame -> Series, DataFrame or array, one value, row or window per session
     frame: pd.DataFrame,  # Sessions, oldest first
@@ -152,7 +152,7 @@ def audit(
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return AuditReport(title, len(frame), tuple(map(str, result.columns)), rows, leaks, suspects, notes)
 
-# %% ../nbs/16_audit.ipynb #0c0bfd1f
+# %% ../nbs/16_audit.ipynb #4577d4fa
 def odd_weeks(
     index: pd.DatetimeIndex,  # Sessions
     n: int = 10,  # At most so many
@@ -164,7 +164,7 @@ def odd_weeks(
     rows = np.union1d(opens, closes)
     return [int(row) for row in rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]] if len(rows) else []
 
-
+# %% ../nbs/16_audit.ipynb #3a6b837b
 def compare_stored(
     stored: pd.DataFrame,  # Features of a file
     fresh: pd.DataFrame,  # The same computed now
@@ -175,7 +175,7 @@ def compare_stored(
     near = (stored.reindex(fresh.index) - fresh).abs() <= scale
     return compare_rows(fresh, fresh.where(near, stored).reindex(stored.index), fresh.index[-1], "stored")
 
-
+# %% ../nbs/16_audit.ipynb #2be97e0b
 def audit_dataset(
     symbol: str,  # e.g. SP500
     tier: str = "a20",

@@ -31,10 +31,10 @@ def random_bars(
     volume = np.where(rng.random(n) < 0.02, 0, np.round(np.exp(rng.standard_normal(n) * 0.4 + 14)))
     return pd.DataFrame({"Open": start, "High": high, "Low": low, "Close": close, "Volume": volume}, index=days)
 
-# %% ../nbs/11d_causal.ipynb #a9818795
+# %% ../nbs/11d_causal.ipynb #02b4a7c6
 PRICE_COLUMNS = ("Open", "High", "Low", "Close")
 
-
+# %% ../nbs/11d_causal.ipynb #a003d813
 def corrupt_after(
     frame: pd.DataFrame,  # Rows are sessions, oldest first
     row: int,  # The last row that stays as it is
@@ -54,7 +54,7 @@ def corrupt_after(
         out.isetitem(place, _splice(frame.iloc[:, place], row, new))
     return out
 
-
+# %% ../nbs/11d_causal.ipynb #7800f919
 def _splice(old: pd.Series, row: int, new: pd.Series | np.ndarray) -> np.ndarray:  # Of old's dtype
     whole = old.to_numpy(copy=True)
     new = np.asarray(new)
@@ -78,7 +78,7 @@ def as_rows(
     flat = array.reshape(len(array), int(np.prod(array.shape[1:])))
     return pd.DataFrame(flat, index=frame.index[len(frame) - len(array) :])
 
-# %% ../nbs/11d_causal.ipynb #b76ddfa9
+# %% ../nbs/11d_causal.ipynb #5163bef5
 class Leak(NamedTuple):
     "One value that changed when only later rows did."
 
@@ -89,7 +89,7 @@ class Leak(NamedTuple):
     expected: object  # From the full frame; None where there was no such row
     found: object  # Without, or with another, future
 
-
+# %% ../nbs/11d_causal.ipynb #40225818
 def compare_rows(
     full: pd.DataFrame,  # Result on the full frame
     other: pd.DataFrame,  # Result on the changed frame

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'USER', 'WARMUP', 'BAR_COLUMNS', 'log', 'Feature', 'tier_features', 'feature_names', 'catalogue',
-           'adjusted_bars', 'compute_features', 'run_feature', 'feature', 'refuse_leak', 'code_sha256', 'names_used',
-           'refuse_undefined', 'build_dataset']
+           'adjusted_bars', 'compute_features', 'run_feature', 'check_new', 'feature', 'refuse_leak', 'code_sha256',
+           'names_used', 'refuse_undefined', 'build_dataset', 'check_causal', 'stale_opens']
 
-# %% ../nbs/12_features.ipynb #d3fc61e0
+# %% ../nbs/12_features.ipynb #c394a9c4
 import hashlib
 import inspect
 import logging
@@ -24,9 +24,11 @@ from .adjust import forward_adjust
 from .causal import check_causal, random_bars, telling_cuts
 from .core import InputError, nearest
 from .indicators import A20, RAW6, a20, raw6, stale_opens
-from .manifest import find_entry, load_frame, store_processed, verify
+from .manifest import find_entry, load_frame, store_processed
 
-# %% ../nbs/12_features.ipynb #14bf713e
+_all_ = ["check_causal", "stale_opens"]
+
+# %% ../nbs/12_features.ipynb #a1e6e09c
 @dataclass(frozen=True)
 class Feature:
     "What is known about one column, and for a user's own, how it is computed."
@@ -39,12 +41,12 @@ class Feature:
     warmup: int  # Rows, from the first bar, on which it may be NaN
     fn: Callable | None = None  # adjusted bars -> Series; None in shipped tiers
 
-
+# %% ../nbs/12_features.ipynb #1578a74d
 SHIPPED = {"a20": (a20, tuple(Feature(*row) for row in A20)), "raw6": (raw6, tuple(Feature(*row) for row in RAW6))}
 USER: dict[str, dict[str, Feature]] = {}  # tier -> name -> feature, in order of registration
 WARMUP = 400  # Rows; the same for every tier, so that tiers share their dates
 
-
+# %% ../nbs/12_features.ipynb #a93c6429
 def tier_features(
     tier: str,  # a20 | raw6 | one with registered features
 ) -> tuple[Feature, ...]:
@@ -66,10 +68,10 @@ def catalogue(
     "Return what each column of a tier means."
     return pd.DataFrame([vars(item) for item in tier_features(tier)]).drop(columns="fn")
 
-# %% ../nbs/12_features.ipynb #09250b1d
+# %% ../nbs/12_features.ipynb #04fd5c75
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 
-
+# %% ../nbs/12_features.ipynb #386852c9
 def adjusted_bars(
     bars: pd.DataFrame,  # Open High Low Close Volume, and `Adj Close` if there is one; oldest first
 ) -> pd.DataFrame:  # Forward-adjusted, float64, without `Adj Close`
@@ -82,7 +84,7 @@ def adjusted_bars(
     own = bars[[*BAR_COLUMNS, *(["Adj Close"] if "Adj Close" in bars else [])]].astype(np.float64)
     return forward_adjust(own) if "Adj Close" in own and len(own) else own[list(BAR_COLUMNS)]
 
-
+# %% ../nbs/12_features.ipynb #a8a69c35
 def compute_features(
     bars: pd.DataFrame,  # Unadjusted bars as `load_ohlcv` gives them
     tier: str = "a20",  # a20 | raw6 | one's own
@@ -96,7 +98,7 @@ def compute_features(
         table = pd.DataFrame(values, index=adjusted.index, columns=[item.name for item in features]).astype(np.float32)
     return table.iloc[max([WARMUP, *(item.warmup for item in features)]) if warmup is None else warmup :]
 
-
+# %% ../nbs/12_features.ipynb #d119e376
 def run_feature(
     fn: Callable,  # adjusted bars -> Series
     adjusted: pd.DataFrame,  # Forward-adjusted bars
@@ -107,7 +109,21 @@ def run_feature(
         raise InputError("a feature returns a Series with one value per bar", type(values).__name__, "Keep the index of the bars.")
     return values.astype(np.float64)
 
-# %% ../nbs/12_features.ipynb #2ddf02a4
+# %% ../nbs/12_features.ipynb #1c274ad1
+def check_new(
+    name: str,  # Of a feature to be registered
+    tier: str,  # Which it is to join
+    replace: bool,  # Whether it may be there already
+) -> None:
+    "Refuse a shipped tier, an odd name and a name that is taken."
+    if tier in SHIPPED:
+        raise InputError("shipped tiers are fixed", f"`{name}` for tier `{tier}`", "Choose another tier name.")
+    if not (name.isidentifier() and name == name.lower()):
+        raise InputError("a feature is named in lower case, digits and underscores", f"`{name}`", "Rename it.")
+    if name in USER.get(tier, {}) and not replace:
+        raise InputError("a feature name is used once per tier", f"`{name}` in `{tier}`", "Rename it, or pass replace=True.")
+
+# %% ../nbs/12_features.ipynb #bc57a6ed
 def feature(
     name: str,  # Column name: lower case, digits, underscores
     unit: str,  # Of the number
@@ -120,12 +136,7 @@ def feature(
     replace: bool = False,  # Allow a feature of that name to be replaced, e.g. when a cell runs again
 ) -> Callable:  # A decorator that returns the function as it is
     "Register a function of bars as a feature, if it proves causal."
-    if tier in SHIPPED:
-        raise InputError("shipped tiers are fixed", f"`{name}` for tier `{tier}`", "Choose another tier name.")
-    if not (name.isidentifier() and name == name.lower()):
-        raise InputError("a feature is named in lower case, digits and underscores", f"`{name}`", "Rename it.")
-    if name in USER.get(tier, {}) and not replace:
-        raise InputError("a feature name is used once per tier", f"`{name}` in `{tier}`", "Rename it, or pass replace=True.")
+    check_new(name, tier, replace)
 
     def register(fn: Callable) -> Callable:
         refuse_leak(fn, warmup)
@@ -135,7 +146,7 @@ def feature(
 
     return register
 
-
+# %% ../nbs/12_features.ipynb #ab758336
 def refuse_leak(
     fn: Callable,  # adjusted bars -> Series
     warmup: int,  # Rows on which it may be NaN
@@ -151,7 +162,7 @@ def refuse_leak(
     if run_feature(fn, bars).iloc[warmup:].isna().all():
         raise InputError(f"a feature has values after its warm-up of {warmup} rows", f"`{fn.__name__}`, all NaN", "Raise `warmup`.")
 
-# %% ../nbs/12_features.ipynb #5e8058dd
+# %% ../nbs/12_features.ipynb #ab2e741c
 def code_sha256(
     tier: str = "a20",
 ) -> str:  # Hexadecimal SHA-256
@@ -170,17 +181,17 @@ def code_sha256(
             elif isinstance(value, int | float | str | tuple): parts[f"{key}.{name}"] = repr(value)
     return hashlib.sha256("\0".join(f"{key}\0{parts[key]}" for key in sorted(parts)).encode()).hexdigest()
 
-
+# %% ../nbs/12_features.ipynb #8951c4ae
 def names_used(code: CodeType) -> Iterator[str]:
     "Yield the global names that a function refers to, inner functions included."
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType): yield from names_used(inner)
 
-# %% ../nbs/12_features.ipynb #380d346d
+# %% ../nbs/12_features.ipynb #ef24b6d1
 log = logging.getLogger("finpatch")
 
-
+# %% ../nbs/12_features.ipynb #acaff549
 def refuse_undefined(
     features: pd.DataFrame,  # After the warm-up
     symbol: str,  # For the message
@@ -195,7 +206,7 @@ def refuse_undefined(
         raise InputError(f"every feature of {symbol} must be finite after the warm-up", f"`{name}` undefined on {len(days)} days: {shown}",
                          "Check the bars around the first of them, or start or end the span elsewhere.")
 
-
+# %% ../nbs/12_features.ipynb #8b37d6ba
 def build_dataset(
     symbol: str,  # Whose bars are registered as SYMBOL.OHLCV.daily
     tier: str = "a20",

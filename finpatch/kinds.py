@@ -17,7 +17,7 @@ from .core import InputError
 if TYPE_CHECKING:
     import torch
 
-# %% ../nbs/12a_kinds.ipynb #5b4bde12
+# %% ../nbs/12a_kinds.ipynb #2e81f2fa
 def check_shapes(logits: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":  # (B,), (B,)
     "Compare shapes and bring both to one precision, float32 or better."
     import torch
@@ -27,25 +27,25 @@ def check_shapes(logits: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tens
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits[:, 0].to(dtype), y.to(dtype)
 
-
+# %% ../nbs/12a_kinds.ipynb #30afd721
 def binary_loss(logits: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":  # (B,), nats
     "Return binary cross-entropy from logits, per sample."
     from torch.nn.functional import binary_cross_entropy_with_logits
 
     return binary_cross_entropy_with_logits(*check_shapes(logits, y), reduction="none")
 
-
+# %% ../nbs/12a_kinds.ipynb #f4ca3331
 def squared_loss(logits: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":  # (B,)
     "Return the squared error, per sample."
     value, y = check_shapes(logits, y)
     return (value - y) ** 2
 
-
+# %% ../nbs/12a_kinds.ipynb #ecef183c
 def sigmoid(logits: np.ndarray) -> np.ndarray:  # Probabilities, float64
     "Turn logits into probabilities, without overflow."
     return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
 
-
+# %% ../nbs/12a_kinds.ipynb #e9c0804d
 def binary_prior(y: np.ndarray) -> float:  # logit of the base rate
     "Return the logit of the share of ones."
     rate = float(np.mean(y))
@@ -53,13 +53,13 @@ def binary_prior(y: np.ndarray) -> float:  # logit of the base rate
         raise InputError("training labels must hold both classes", f"{len(y)} labels, base rate {rate}", "Use a longer span or another task.")
     return float(np.log(rate / (1 - rate)))
 
-# %% ../nbs/12a_kinds.ipynb #cce60091
+# %% ../nbs/12a_kinds.ipynb #d745b3bb
 KINDS: dict[str, tuple[tuple[str, ...], Callable, Callable, Callable]] = {  # metrics, loss, link, prior
     "binary": (("log_loss", "brier", "auc", "accuracy"), binary_loss, sigmoid, binary_prior),
     "real": (("mse", "rank_ic"), squared_loss, partial(np.asarray, dtype=np.float64), lambda y: float(np.mean(y))),
 }
 
-
+# %% ../nbs/12a_kinds.ipynb #dbf984ad
 class Learnable:
     "What follows from labels being classes or numbers."
 

@@ -39,7 +39,7 @@ def check_prices(
         raise InputError("Low ≤ Close ≤ High, within 1e-6", f"a close outside its range on {prices.index[outside][0]}", remedy)
     return forward_adjust(prices) if "Adj Close" in prices and len(prices) else prices
 
-# %% ../nbs/13_targets.ipynb #0887da18
+# %% ../nbs/13_targets.ipynb #f9342a60
 def ahead(
     series: pd.Series,  # Something known at each session
     horizon: int,  # Sessions h
@@ -47,33 +47,33 @@ def ahead(
     "Look h sessions ahead."
     return series.shift(-horizon)
 
-
+# %% ../nbs/13_targets.ipynb #62e129fd
 def label_direction(prices: pd.DataFrame, horizon: int) -> pd.Series:  # 1 if the close rises, 0 if it falls or ties
     "Label whether the close is higher h sessions later."
     later = ahead(prices["Close"], horizon)
     return (later > prices["Close"] * (1 + TIE)).astype(float).where(later.notna() & prices["Close"].notna())
 
-
+# %% ../nbs/13_targets.ipynb #554578b9
 def label_threshold(prices: pd.DataFrame, horizon: int, percent: float) -> pd.Series:  # 1 if reached
     "Label whether the highest high of the next h sessions reaches the close plus `percent`."
     top = ahead(prices["High"].rolling(horizon).max(), horizon)
     level = prices["Close"] * (1 + percent / 100)
     return (top >= level * (1 - TIE)).astype(float).where(top.notna() & level.notna())
 
-
+# %% ../nbs/13_targets.ipynb #acc2979b
 def label_return(prices: pd.DataFrame, horizon: int) -> pd.Series:  # In daily standard deviations
     "Return the log return over h sessions in trailing 60-day standard deviations of daily returns."
     sigma = pd.Series(trailing_sigma(prices["Close"].to_numpy(np.float64)), index=prices.index)
     return np.log(ahead(prices["Close"], horizon) / prices["Close"]) / sigma
 
-
+# %% ../nbs/13_targets.ipynb #2af705f1
 def label_log_range(prices: pd.DataFrame, horizon: int) -> pd.Series:  # NaN where the range is 0
     "Return log log(high / low) of the next h sessions taken as one bar."
     high, low = prices["High"].rolling(horizon).max(), prices["Low"].rolling(horizon).min()
     spread = np.log(high / low)
     return ahead(np.log(spread.where(spread > TIE)), horizon)
 
-# %% ../nbs/13_targets.ipynb #3e1b1394
+# %% ../nbs/13_targets.ipynb #f861331d
 THRESHOLDS = ("0.5", "1", "2", "3", "5")  # Percent
 RULES: dict[str, tuple[str, Callable]] = {
     "direction": ("binary", label_direction),
@@ -82,7 +82,7 @@ RULES: dict[str, tuple[str, Callable]] = {
     "log_range": ("real", label_log_range),
 }
 
-
+# %% ../nbs/13_targets.ipynb #59899ba9
 def task_names() -> list[str]:
     "Return the names of the tasks that come with finpatch."
     return list(RULES)
@@ -120,7 +120,7 @@ class Task(Learnable):
         "Make a task of one's own from fn(prices, horizon) -> Series; see `own_task`."
         return own_task(name, fn, kind, horizon)
 
-# %% ../nbs/13_targets.ipynb #a9e1c5f8
+# %% ../nbs/13_targets.ipynb #046c60bb
 def check_labels(
     task: Task,
     y: pd.Series,  # What a rule returned
@@ -137,7 +137,7 @@ def check_labels(
         raise InputError("labels of a binary task are 0 or 1", y.dropna().unique()[:3], "Use kind `real`, or cut the values.")
     return y
 
-
+# %% ../nbs/13_targets.ipynb #0837a171
 def parse_task(
     text: str,  # e.g. threshold_1pct.h5, or a name alone for one session
 ) -> Task:
@@ -166,7 +166,7 @@ def own_task(
                          "Raise the horizon.")
     return task
 
-# %% ../nbs/13_targets.ipynb #f94ce72a
+# %% ../nbs/13_targets.ipynb #b5dfb208
 def count_episodes(
     y: np.ndarray,  # Labels 0 and 1 in order of sessions; NaN does not count
     horizon: int,  # Sessions h
@@ -179,7 +179,7 @@ def count_episodes(
         if t - last >= horizon: n, last = n + 1, t
     return n
 
-
+# %% ../nbs/13_targets.ipynb #ec12a783
 def class_balance(
     prices: pd.DataFrame,  # Open High Low Close
     horizons: tuple[int, ...] = (1, 5, 20),

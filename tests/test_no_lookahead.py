@@ -116,7 +116,7 @@ def test_weeks_of_a_market_that_never_closes():
 
 def test_a20_is_the_table_of_definitions(bars):
     "FACTS 3 spelled out with TA-Lib and pandas, without any of our helpers."
-    o, h, l, c, v = (bars[name].to_numpy() for name in [*PRICES, "Volume"])
+    h, l, c, v = (bars[name].to_numpy() for name in [*PRICES[1:], "Volume"])
     x = {f"dema_{n}_gap": np.log(c / talib.DEMA(c, n)) for n in (9, 10, 20, 25, 90)}
     x |= {f"sma_{n}_gap": np.log(c / talib.SMA(c, n)) for n in (12, 50, 100, 200)}
     x["rsi_14"] = talib.RSI(c, 14) / 100
@@ -160,7 +160,9 @@ def test_rescaled_prices_give_the_same_features(bars, rescale, flat):
     else: other["Adj Close"] *= 0.98137 * (1 + 1e-13 * np.random.default_rng(0).standard_normal(len(other)))  # and its rounding
     before, after = both_tiers(prices, 400), both_tiers(other, 400)
     assert np.isfinite(before).all().all()
-    np.testing.assert_allclose(after, before, rtol=2e-6, atol=2e-6)
+    # ADX counts a day as up or down by the larger of two differences; where these tie, rounding decides.
+    limit = {"adx_14": 0.01} if rescale == "re-based" else {}
+    for name in before: np.testing.assert_allclose(after[name], before[name], rtol=2e-6, atol=limit.get(name, 2e-6), err_msg=name)
 
 
 def test_a_split_does_not_show(bars):
