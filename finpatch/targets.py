@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RULES', 'check_prices', 'ahead', 'label_direction', 'label_threshold', 'label_return',
-           'label_log_range', 'task_names', 'Task', 'check_labels', 'parse_task', 'own_task', 'count_episodes',
-           'class_balance']
+           'label_log_range', 'task_names', 'Task', 'check_labels', 'parse_task', 'own_task', 'class_balance']
 
-# %% ../nbs/13_targets.ipynb #cc862406
+# %% ../nbs/13_targets.ipynb #c9b2081f
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from .adjust import forward_adjust
 from .causal import check_causal, random_bars, telling_cuts
 from .core import InputError, nearest
 from .indicators import TIE, trailing_sigma
+from .episodes import span_counts
 from .kinds import KINDS, Learnable
 
 # %% ../nbs/13_targets.ipynb #df8faa14
@@ -166,20 +166,7 @@ def own_task(
                          "Raise the horizon.")
     return task
 
-# %% ../nbs/13_targets.ipynb #b5dfb208
-def count_episodes(
-    y: np.ndarray,  # Labels 0 and 1 in order of sessions; NaN does not count
-    horizon: int,  # Sessions h
-) -> int:  # Labels of the rarer class whose spans (t, t+h] do not overlap
-    "Count the non-overlapping episodes of the rarer class."
-    y = np.asarray(y, np.float64)
-    ones, zeros = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
-    n, last = 0, -horizon
-    for t in min(ones, zeros, key=len):
-        if t - last >= horizon: n, last = n + 1, t
-    return n
-
-# %% ../nbs/13_targets.ipynb #ec12a783
+# %% ../nbs/13_targets.ipynb #7e25a85f
 def class_balance(
     prices: pd.DataFrame,  # Open High Low Close
     horizons: tuple[int, ...] = (1, 5, 20),
@@ -188,10 +175,10 @@ def class_balance(
     "Count labels, rarer labels and episodes of each task and horizon."
     rows = []
     for task in [Task(name, horizon) for name in names or task_names() for horizon in horizons]:
-        y = task.labels(prices).dropna()
-        row = {"task": task.name, "horizon": task.horizon, "n_labels": len(y), "mean": y.mean(), "sd": y.std()}
-        is_binary = task.kind == "binary"
-        row["n_rarer"] = int(min(y.sum(), len(y) - y.sum())) if is_binary else None
-        row["n_episodes"] = count_episodes(y, task.horizon) if is_binary else None
-        rows.append(row)
+        y = task.labels(prices)
+        known = np.flatnonzero(y.notna())
+        row = {"task": task.name, "horizon": task.horizon, "n_labels": len(known), "mean": y.mean(), "sd": y.std()}
+        counts = span_counts(y.iloc[known], task.horizon, task.kind, known)
+        row["n_rarer"] = min(counts["n_0"], counts["n_1"]) if task.kind == "binary" else None
+        rows.append(row | {"n_episodes": counts.get("n_episodes")})
     return pd.DataFrame(rows).astype({"n_rarer": "Int64", "n_episodes": "Int64"})

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from finpatch.causal import random_bars
 from finpatch.core import InputError
 from finpatch.market import load_ohlcv
-from finpatch.targets import Task, class_balance, count_episodes, parse_task, task_names
+from finpatch.targets import Task, class_balance, parse_task, task_names
 
 PRICES = ["Open", "High", "Low", "Close"]
 
@@ -156,16 +156,6 @@ BAD_RULES = {
 def test_rules_of_ones_own_keep_their_word(message):
     with pytest.raises(InputError, match=message):
         Task.from_function("mine", BAD_RULES[message], "binary", 3)
-
-
-@settings(max_examples=40, deadline=None)
-@given(y=st.lists(st.sampled_from([0.0, 1.0, np.nan]), max_size=40), horizon=st.integers(1, 6))
-def test_episodes_do_not_overlap_and_none_is_missed(y, horizon):
-    ones, zeros = np.flatnonzero(np.equal(y, 1)), np.flatnonzero(np.equal(y, 0))
-    best = []
-    for at, day in enumerate(rarer := min(ones, zeros, key=len)):
-        best.append(1 + max((best[k] for k in range(at) if day - rarer[k] >= horizon), default=0))
-    assert count_episodes(y, horizon) == max(best, default=0)
 
 
 def test_class_balance_counts(sp500):
