@@ -6,7 +6,7 @@
 __all__ = ['RuleError', 'InputError', 'NotFoundError', 'HardwareError', 'nearest', 'atomic_path', 'flush', 'finite', 'to_json',
            'write_json', 'read_json', 'file_digest', 'json_digest', 'utc_now']
 
-# %% ../nbs/00_core.ipynb #b66439a5
+# %% ../nbs/00_core.ipynb #7fd19d01
 import hashlib
 import json
 import math
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def read_json(path: Path | str) -> object:
     except ValueError as error:
         raise InputError("a JSON file must be readable", f"{path}: {error}", "Restore it from a copy or remove it.") from None
 
-# %% ../nbs/00_core.ipynb #41689608
+# %% ../nbs/00_core.ipynb #c2d2072a
 def file_digest(
     path: Path | str,  # The file
     algorithm: str = "sha256",  # Any name that hashlib knows
@@ -144,4 +144,4 @@ def json_digest(value: object) -> str:  # Hexadecimal SHA-256
 
 def utc_now() -> str:  # e.g. 2026-01-31T12:00:00Z
     "Return the time in UTC, to the second."
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

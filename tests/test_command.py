@@ -17,7 +17,9 @@ from finpatch.core import read_json
 
 
 def finpatch(*words, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "finpatch", *map(str, words)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "finpatch", *map(str, words)], capture_output=True, text=True, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_a_budget_off_tolerance_does_not_train(run, monkeypatch):
 
     monkeypatch.setattr(owner, "count_parameters", lambda model: 10_201)
     status, _, err = run("train", "--config", "sp500_direction", "--budget", "10k", "--max-steps", "1")
-    assert status == 1 and "10,201" in err or "10201" in err
+    assert (status == 1 and "10,201" in err) or "10201" in err
 
 
 def test_train_predict_evaluate_and_the_ledger(run, tmp_path):

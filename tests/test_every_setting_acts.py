@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from finpatch.callbacks import default_callbacks
 from finpatch.config import dump_yaml, load_yaml, parse_config
 from finpatch.core import InputError, NotFoundError
 from finpatch.dataset import FinancialDataset, SymbolRows
@@ -19,7 +20,6 @@ from finpatch.experiment import ExperimentConfig, ModelConfig, OptimConfig, Spli
 from finpatch.run import make_model
 from finpatch.targets import Task
 from finpatch.trainer import Trainer
-from finpatch.callbacks import default_callbacks
 
 SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
 DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=1200), name="session")
@@ -77,13 +77,17 @@ def outcome(config: ExperimentConfig, folder) -> tuple:
     "Train and return what a reader would see: samples, weights, steps, losses."
     rng = np.random.default_rng(0)
     close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, len(DAYS))))
-    prices = pd.DataFrame({"Open": close, "High": close * 1.012, "Low": close * 0.99, "Close": close, "Volume": 1.0}, index=DAYS)
+    prices = pd.DataFrame(
+        {"Open": close, "High": close * 1.012, "Low": close * 0.99, "Close": close, "Volume": 1.0}, index=DAYS
+    )
     task = Task(config.task, horizon=config.horizon)
     x = rng.normal(size=(len(DAYS), 3)).astype(np.float32)
     rows = SymbolRows("TOY", DAYS, x, task.labels(prices).to_numpy())
     data = FinancialDataset([rows], ("a", "b", "c"), task, config.splits, config.context_length)
     model = make_model(config, "10k", data)
-    trainer = Trainer(model, data, config.optim, seed=config.seed, callbacks=default_callbacks(folder, config.optim, False))
+    trainer = Trainer(
+        model, data, config.optim, seed=config.seed, callbacks=default_callbacks(folder, config.optim, False)
+    )
     trainer.fit()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return weights.sum().item(), trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum()
@@ -143,7 +147,10 @@ BAD = {
     "missing nested key": (lambda c: c | {"splits": {"train_end": date(2011, 1, 1)}}, "`splits.val_end` is required"),
     "text for a number": (lambda c: c | {"horizon": "one"}, "`horizon` must be int; got 'one'"),
     "a boolean for a number": (lambda c: c | {"seed": True}, "`seed` must be int"),
-    "text for a date": (lambda c: c | {"splits": c["splits"] | {"train_end": "soon"}}, "`splits.train_end` must be date"),
+    "text for a date": (
+        lambda c: c | {"splits": c["splits"] | {"train_end": "soon"}},
+        "`splits.train_end` must be date",
+    ),
     "out of range": (lambda c: c | {"horizon": 0}, "horizon"),
     "nested out of range": (lambda c: c | {"model": {"dropout": 1.5}}, "`model.dropout` must be ≥ 0"),
     "dates out of order": (lambda c: c | {"splits": c["splits"] | {"val_end": date(2001, 1, 1)}}, "must ascend"),

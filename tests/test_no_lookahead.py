@@ -55,7 +55,12 @@ def test_features_do_not_move_at_200_random_cuts_and_in_short_weeks(bars):
 
 def test_every_day_of_weeks_with_a_holiday(nasdaq):
     "Each session from 2001-09-03 (the closed week among them) and around Good Friday, New Year and Independence Day."
-    spans = [("2001-08-31", "2001-09-24"), ("2017-12-27", "2018-01-05"), ("2018-03-28", "2018-04-06"), ("2018-07-02", "2018-07-09")]
+    spans = [
+        ("2001-08-31", "2001-09-24"),
+        ("2017-12-27", "2018-01-05"),
+        ("2018-03-28", "2018-04-06"),
+        ("2018-07-02", "2018-07-09"),
+    ]
     cuts = np.flatnonzero(np.logical_or.reduce([(nasdaq.index >= a) & (nasdaq.index <= b) for a, b in spans]))
     assert check_causal(both_tiers, nasdaq, cuts) == []
 
@@ -70,7 +75,9 @@ def test_made_up_markets_with_splits_and_dividends(seed, cut):
 
 
 LEAKS = {
-    "weekly bars under their own Monday": lambda x: x["Close"].resample("W-MON", closed="left", label="left").last().reindex(x.index, method="ffill"),
+    "weekly bars under their own Monday": lambda x: (
+        x["Close"].resample("W-MON", closed="left", label="left").last().reindex(x.index, method="ffill")
+    ),
     "scaler fitted on everything": lambda x: (x["Close"] - x["Close"].mean()) / x["Close"].std(),
     "label one day early": lambda x: (x["Close"].shift(-1) > x["Close"]).astype(float),
     "adjusted backwards": lambda x: x["Close"] / x["Close"].iloc[-1],
@@ -154,15 +161,21 @@ def test_flat_days_and_missing_volume_give_finite_features(bars):
 @pytest.mark.parametrize("rescale", ["currency", "re-based"])
 def test_rescaled_prices_give_the_same_features(bars, rescale, flat):
     prices = with_events(bars)
-    if flat: prices.iloc[3500:3530, :5] = prices.iloc[[3499], :5].to_numpy()
+    if flat:
+        prices.iloc[3500:3530, :5] = prices.iloc[[3499], :5].to_numpy()
     other = prices.copy()
-    if rescale == "currency": other[[*PRICES, "Adj Close"]] *= 1000
-    else: other["Adj Close"] *= 0.98137 * (1 + 1e-13 * np.random.default_rng(0).standard_normal(len(other)))  # and its rounding
+    if rescale == "currency":
+        other[[*PRICES, "Adj Close"]] *= 1000
+    else:
+        other["Adj Close"] *= 0.98137 * (
+            1 + 1e-13 * np.random.default_rng(0).standard_normal(len(other))
+        )  # and its rounding
     before, after = both_tiers(prices, 400), both_tiers(other, 400)
     assert np.isfinite(before).all().all()
     # ADX counts a day as up or down by the larger of two differences; where these tie, rounding decides.
     limit = {"adx_14": 0.01} if rescale == "re-based" else {}
-    for name in before: np.testing.assert_allclose(after[name], before[name], rtol=2e-6, atol=limit.get(name, 2e-6), err_msg=name)
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], rtol=2e-6, atol=limit.get(name, 2e-6), err_msg=name)
 
 
 def test_a_split_does_not_show(bars):

@@ -1,6 +1,7 @@
 """What a user installs. Risk: it works in the checkout and nowhere else."""
 
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -32,7 +33,18 @@ def test_modules_that_need_no_torch_do_not_load_it(module):
 
 def test_the_wheel_runs_outside_the_checkout(tmp_path):
     "Built, unpacked where there is no checkout, and asked for the budgets: configs are inside."
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(wheel, check=True, capture_output=True)
     site = tmp_path / "site"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
@@ -77,3 +89,24 @@ def test_what_is_installed_is_what_the_lock_says():
     found = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions()}
     odd = {n: v for n, v in found.items() if n not in {"pip", "finpatch"} and want.get(n) != v}
     assert not odd
+
+
+def test_the_readme_is_the_index():
+    "README.md is kept by hand beside `index.ipynb`: every paragraph and every code cell stands in both."
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", "](images/")
+    for cell in cells:
+        assert "".join(cell["source"]) in readme
+
+
+def test_the_map_names_every_module():
+    "A module that the map does not name cannot be found by a reader."
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    modules = {p.stem for p in (ROOT / "finpatch").glob("*.py")} - {"__init__", "__main__", "_modidx"}
+    assert not {m for m in modules if f"`{m}`" not in readme}
+
+
+def test_the_map_points_at_notebooks_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\d\d[a-z]?_\w+)`", readme))
+    assert named <= {p.stem for p in (ROOT / "nbs").glob("*.ipynb")}

@@ -47,7 +47,9 @@ def test_another_process_gives_the_same_bits(data_dir, tmp_path):
     here = digest(QUICK, data_dir, tmp_path / "here")
     command = ["train", "--config", "sp500_direction", "--budget", "20k", "--max-steps", "6", "--json"]
     where = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / "there"), "--device", "cpu"]
-    done = subprocess.run([sys.executable, "-m", "finpatch", *command, *where], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "finpatch", *command, *where], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout)["weights_sha256"] == here
 
 

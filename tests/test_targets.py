@@ -30,13 +30,17 @@ def sp500():
 def label_by_hand(name, prices, t, h):
     "One label, from the rows t−60 … t+h alone."
     high, low, close = (prices[column].tolist() for column in ("High", "Low", "Close"))
-    if t + h >= len(close): return np.nan
-    if name == "direction": return float(close[t + h] / close[t] - 1 > 1e-9)
-    if name.startswith("threshold"): return float(max(high[t + 1 : t + h + 1]) >= close[t] * (1 + float(name[10:-3]) / 100))
+    if t + h >= len(close):
+        return np.nan
+    if name == "direction":
+        return float(close[t + h] / close[t] - 1 > 1e-9)
+    if name.startswith("threshold"):
+        return float(max(high[t + 1 : t + h + 1]) >= close[t] * (1 + float(name[10:-3]) / 100))
     if name == "log_range":
         spread = np.log(max(high[t + 1 : t + h + 1]) / min(low[t + 1 : t + h + 1]))
         return np.log(spread) if spread > 1e-9 else np.nan
-    if t < 60: return np.nan
+    if t < 60:
+        return np.nan
     return np.log(close[t + h] / close[t]) / np.std(np.diff(np.log(close[t - 60 : t + 1])), ddof=1)
 
 
@@ -65,7 +69,11 @@ def test_rescaling_moves_no_label(sp500, name, horizon):
 
 
 def test_unscaled_prices_only(sp500):
-    for scaled in ((sp500 - sp500.mean()) / sp500.std(), (sp500 - sp500.min()) / (sp500.max() - sp500.min()) + 0.01, np.log(sp500[PRICES]) - 8):
+    for scaled in (
+        (sp500 - sp500.mean()) / sp500.std(),
+        (sp500 - sp500.min()) / (sp500.max() - sp500.min()) + 0.01,
+        np.log(sp500[PRICES]) - 8,
+    ):
         for name in ("direction", "threshold_1pct", "regression"):
             with pytest.raises(InputError, match="prices must be positive|Low ≤ Close ≤ High"):
                 Task(name).labels(scaled)
@@ -80,8 +88,17 @@ def test_known_answers_on_real_data(sp500):
 
 def test_apple_at_its_split():
     "Bars of 2005-02-25 and 2005-02-28: the label is +0.008 in logs, not −0.685."
-    bars = pd.DataFrame({"Open": [89.6, 44.7], "High": [89.9, 45.1], "Low": [88.2, 43.9], "Close": [88.99, 44.86], "Adj Close": [44.495, 44.86],
-                         "Volume": [1.0, 2.0]}, index=pd.to_datetime(["2005-02-25", "2005-02-28"]))
+    bars = pd.DataFrame(
+        {
+            "Open": [89.6, 44.7],
+            "High": [89.9, 45.1],
+            "Low": [88.2, 43.9],
+            "Close": [88.99, 44.86],
+            "Adj Close": [44.495, 44.86],
+            "Volume": [1.0, 2.0],
+        },
+        index=pd.to_datetime(["2005-02-25", "2005-02-28"]),
+    )
     assert Task("direction").labels(bars).iloc[0] == 1
     move = Task("move", 1, ("real", lambda prices, h: np.log(prices["Close"].shift(-h) / prices["Close"]))).labels(bars)
     assert abs(move.iloc[0] - 0.008) < 5e-4
@@ -128,7 +145,11 @@ def test_prior_logit_minimises_the_loss():
 
 
 def sum_of_two(prices, horizon):
-    return (np.log(prices["Close"]).diff().shift(-horizon) > 0).astype(float).where(prices["Close"].shift(-horizon).notna())
+    return (
+        (np.log(prices["Close"]).diff().shift(-horizon) > 0)
+        .astype(float)
+        .where(prices["Close"].shift(-horizon).notna())
+    )
 
 
 def test_tasks_travel():
@@ -144,7 +165,9 @@ def test_tasks_travel():
 
 
 BAD_RULES = {
-    "looks further": lambda p, h: (p["Close"].shift(-h - 1) > p["Close"]).astype(float).where(p["Close"].shift(-h - 1).notna()),
+    "looks further": lambda p, h: (
+        (p["Close"].shift(-h - 1) > p["Close"]).astype(float).where(p["Close"].shift(-h - 1).notna())
+    ),
     "looks at most": lambda p, h: (p["Close"] > p["Close"].mean()).astype(float).where(p["Close"].shift(-h).notna()),
     "NaN in the last": lambda p, h: (p["Close"].diff() > 0).astype(float),
     "0 or 1": lambda p, h: p["Close"].shift(-h) - p["Close"],
@@ -162,9 +185,17 @@ def test_class_balance_counts(sp500):
     table = class_balance(sp500.loc["2016":], (1, 5), ("threshold_2pct", "regression")).set_index(["task", "horizon"])
     assert table.at[("threshold_2pct", 1), "n_rarer"] == 16
     assert table.at[("threshold_2pct", 5), "n_episodes"] < table.at[("threshold_2pct", 5), "n_rarer"]
-    assert table.loc["regression", "n_rarer"].isna().all() and table["n_labels"].tolist() == [754 - 1, 754 - 5, 754 - 61, 754 - 65]
+    assert table.loc["regression", "n_rarer"].isna().all() and table["n_labels"].tolist() == [
+        754 - 1,
+        754 - 5,
+        754 - 61,
+        754 - 65,
+    ]
 
 
 def test_importing_targets_loads_no_torch_and_no_ta_lib():
     code = "import sys, finpatch.targets, finpatch.features; print({'torch', 'talib', 'sklearn', 'scipy.stats'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
