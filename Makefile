@@ -12,6 +12,7 @@ help: ## Show this list
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint requirements.lock --upgrade pip
 
 $(VENV)/core.done: $(SOURCES) | $(BIN)/python
 	$(PIP) install --quiet --constraint requirements.lock --editable .

@@ -96,9 +96,10 @@ def judge(
     result = evaluate_predictions(predictions, horizon=config.horizon, baselines=baselines)
     return result | {"n_test_looks": looks}
 
-# %% ../nbs/42_run.ipynb #80bc12a8
+# %% ../nbs/42_run.ipynb #51b30737
 def plot_learning_curve(
     run_dir: Path | str,
+    unit: str = "loss",  # Label of the vertical axis
 ) -> "matplotlib.figure.Figure":  # noqa: F821
     "Draw training and validation loss by epoch, and the epoch whose weights are used."
     from matplotlib.figure import Figure
@@ -110,12 +111,12 @@ def plot_learning_curve(
     ax.plot(epoch, rows["val_loss"], color="#D55E00", marker="o", ms=3, label="validation")
     best = rows["val_loss"].idxmin()
     ax.plot(epoch[best], rows["val_loss"][best], "o", ms=10, mfc="none", mec="black", label="weights in use")
-    ax.set(xlabel="epoch", ylabel="loss", title=Path(run_dir).name)
+    ax.set(xlabel="epoch", ylabel=unit, title=Path(run_dir).name)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
     return figure
 
-# %% ../nbs/42_run.ipynb #1aceff43
+# %% ../nbs/42_run.ipynb #07b2e437
 def finish(run_dir: Path, trainer: Trainer, config: ExperimentConfig, budget: str, data_dir) -> dict[str, object]:
     "Predict with the best weights, judge, draw; return the result."
     load_weights(trainer.model, run_dir / "best.safetensors")
@@ -124,7 +125,8 @@ def finish(run_dir: Path, trainer: Trainer, config: ExperimentConfig, budget: st
         predictions.to_parquet(tmp, index=False)
     result = judge(predictions, config, data_dir, what=run_dir.name)
     with atomic_path(run_dir / "learning_curve.png") as tmp:
-        plot_learning_curve(run_dir).savefig(tmp, format="png", dpi=120)
+        unit = "log loss, nats" if trainer.dataset.task.kind == "binary" else "squared error"
+        plot_learning_curve(run_dir, unit).savefig(tmp, format="png", dpi=120)
     return {
         "schema_version": 1, "run_dir": str(run_dir), "status": "done",
         "stop_reason": trainer.stop_reason or ("max_steps" if config.optim.max_steps else "epochs"),

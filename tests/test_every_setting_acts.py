@@ -108,7 +108,7 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(REFUSED) | {"dataset"}
+    assert all_fields() == set(CHANGES) | set(REFUSED) | {"dataset"}  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):

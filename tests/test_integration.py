@@ -1,5 +1,7 @@
 """The parts together, on real data: shapes, gradients and batches of the real features, on every device there is."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -85,3 +87,11 @@ def test_splits_hold_the_expected_sessions(dataset):
     assert str(by_split["target_end"].max()["train"].date()) == "2011-12-30"
     assert str(by_split["target_end"].max()["test"].date()) == "2018-12-31"
     assert np.isfinite(dataset.samples["y"]).all()
+
+
+def test_the_dataset_of_an_experiment_is_the_one_it_reads(data_dir):
+    "G5 for the one setting that needs real files: another tier, other features."
+    build_dataset("SP500", "raw6", data_dir=data_dir)
+    config = load_experiment_config("sp500_direction")
+    other = load_dataset(dataclasses.replace(config, dataset=("SP500.dataset.raw6",)), data_dir)
+    assert len(other.names) == 6 and len(load_dataset(config, data_dir).names) == 20
