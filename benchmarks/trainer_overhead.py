@@ -1,7 +1,7 @@
 """What the trainer costs over a bare PyTorch loop that does the same 2m steps.
 
-Both run in this process, on the same windows in the same order, in alternating blocks; medians over the blocks. The bare
-loop is what a careful user would write: gather, forward, backward, clip, set the learning rate, fused AdamW.
+Both run in this process, on the same windows in the same order, in alternating blocks; medians over the blocks. The
+bare loop is what a careful user would write: gather, forward, backward, clip, set the learning rate, fused AdamW.
 """
 
 import json
