@@ -31,7 +31,7 @@ from .experiment import ExperimentConfig
 from .features import code_sha256
 from .patchtst import PatchTST
 
-# %% ../nbs/41a_record.ipynb #0234aed3
+# %% ../nbs/41a_record.ipynb #e0bb9744
 RUN_FILES = ("run.json", "result.json", "metrics.jsonl", "last.safetensors", "best.safetensors", "predictions.parquet")
 
 
@@ -39,7 +39,7 @@ def new_run_dir(runs_dir: Path | str, name: str, budget: str, seed: int) -> Path
     "Make a new folder for a run."
     stamp = utc_now().replace("-", "").replace(":", "")
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
-        path = Path(runs_dir) / f"{name}-{budget}-s{seed}-{stamp}{suffix}"
+        path = Path(runs_dir) / f"{name}-{Path(budget).stem if '/' in budget else budget}-s{seed}-{stamp}{suffix}"
         try:
             path.mkdir(parents=True)
             return path

@@ -6,7 +6,7 @@
 __all__ = ['log', 'check_lineage', 'make_model', 'predict_samples', 'load_frames', 'judge', 'plot_learning_curve', 'finish',
            'train_run', 'draw', 'Run', 'load_run', 'override']
 
-# %% ../nbs/42_run.ipynb #911e8eb4
+# %% ../nbs/42_run.ipynb #2ca50711
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ import pandas as pd
 from .baselines import baseline_predictions
 from .budget import check_budget, count_parameters, load_patchtst_config
 from .callbacks import default_callbacks, load_weights
-from .config import load_yaml, parse_config
+from .config import check_range, load_yaml, parse_config
 from .core import InputError, NotFoundError, atomic_path, read_json, write_json
 from .dataset import FinancialDataset, Scaler, load_dataset
 from .device import peak_mem_gib, seed_everything, trusted_device
@@ -137,7 +137,7 @@ def finish(run_dir: Path, trainer: Trainer, config: ExperimentConfig, budget: st
         "files_sha256": digest_files(run_dir), "peak_mem_gib": peak_mem_gib(),
     }
 
-# %% ../nbs/42_run.ipynb #5b0a6ff0
+# %% ../nbs/42_run.ipynb #4907a12e
 def train_run(
     config: ExperimentConfig | str | Path,  # An experiment, its shipped name, or a path
     budget: str,  # "2m", "20m", "200m" or any other size
@@ -154,6 +154,8 @@ def train_run(
     began = time.monotonic()
     if not isinstance(config, ExperimentConfig):
         config, name = load_experiment_config(config), name or Path(config).stem
+    budget = str(budget)
+    check_range("micro_batch_size", micro_batch_size, 1)
     entries = check_lineage(config, data_dir)
     dataset, device = load_dataset(config, data_dir), trusted_device(device)
     model = make_model(config, budget, dataset)
