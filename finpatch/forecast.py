@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained_code', 'check_features', 'predict', 'predict_frame', 'read_date']
 
-# %% ../nbs/42a_forecast.ipynb #27f2a163
+# %% ../nbs/42a_forecast.ipynb #d4c27043
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 
 from .core import InputError
 from .dataset import PRICES, window_view
-from .run import Run, check_lineage, load_frames
+from .job import check_lineage, load_frames
+from .run import Run
 
 # %% ../nbs/42a_forecast.ipynb #f1f3417b
 def trained_code(run: Run, name: str) -> str:

@@ -111,20 +111,21 @@ def make_record(
         "machine": describe_machine(device),
     }
 
-# %% ../nbs/41a_record.ipynb #50a1e76c
+# %% ../nbs/41a_record.ipynb #beee90dd
 @contextmanager
-def recorded(run_dir: Path, config: ExperimentConfig, record: dict) -> Iterator[None]:
-    "Keep run.json true: running, then done, or failed with the reason."
+def recorded(run_dir: Path, config: ExperimentConfig, record: dict) -> Iterator[dict]:
+    "Keep run.json true: running, then done or what the block says instead, or failed with the reason."
     with atomic_path(run_dir / "config.yaml") as tmp:
         tmp.write_text(dump_yaml(config), encoding="utf-8")
     write_json(run_dir / "run.json", record)
+    outcome = {"status": "done"}
     try:
-        yield
+        yield outcome
     except BaseException as error:
         ended = {"status": "failed", "error": f"{type(error).__name__}: {error}", "ended_utc": utc_now()}
         write_json(run_dir / "run.json", record | ended)
         raise
-    write_json(run_dir / "run.json", record | {"status": "done", "ended_utc": utc_now()})
+    write_json(run_dir / "run.json", record | outcome | {"ended_utc": utc_now()})
 
 # %% ../nbs/41a_record.ipynb #cf750b0e
 def weights_sha256(path: Path | str) -> str:
@@ -140,8 +141,8 @@ def weights_sha256(path: Path | str) -> str:
         digest.update(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"), copy=False)).tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/41a_record.ipynb #7460046b
-ENDING = ("status", "error", "ended_utc")  # What the end of a run writes into its record
+# %% ../nbs/41a_record.ipynb #ee47f778
+ENDING = ("status", "error", "ended_utc", "stop_reason", "step")  # What the end of a run writes into its record
 
 
 def digest_files(run_dir: Path) -> dict[str, str | None]:  # File name -> SHA-256, None where there is no file

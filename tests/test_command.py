@@ -146,7 +146,7 @@ def test_a_defect_is_one_line_unless_debug_is_asked_for(run, monkeypatch):
 
 
 def test_a_budget_off_tolerance_does_not_train(run, monkeypatch):
-    import finpatch.run as owner
+    import finpatch.job as owner
 
     monkeypatch.setattr(owner, "count_parameters", lambda model: 10_201)
     status, _, err = run("train", "--config", "sp500_direction", "--budget", "10k", "--max-steps", "1")

