@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PRICES', 'split_origins', 'Scaler', 'SymbolRows', 'window_view', 'sample_table', 'pool_samples',
-           'training_rows', 'check_splits', 'FinancialDataset', 'n_windows', 'describe', 'rows_from_frame',
-           'load_dataset', 'from_arrays', 'given_labels']
+           'first_rows', 'training_rows', 'check_names', 'check_splits', 'FinancialDataset', 'window_starts',
+           'n_windows', 'describe', 'rows_from_frame', 'load_dataset', 'from_arrays', 'check_kind', 'given_labels']
 
-# %% ../nbs/15_dataset.ipynb #3c0bdfd1
+# %% ../nbs/15_dataset.ipynb #066bb53b
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 
 from .config import check_range
-from .core import InputError
+from .core import InputError, nearest
 from .episodes import check_enough
 from .experiment import ExperimentConfig, SplitsConfig
+from .kinds import KINDS
 from .manifest import load_frame
 from .targets import Task
 
@@ -43,7 +44,7 @@ def split_origins(
         "test": t[(first > day["val"]) & (last <= day["test"])],
     }
 
-# %% ../nbs/15_dataset.ipynb #a8bcab6b
+# %% ../nbs/15_dataset.ipynb #6cd05c58
 @dataclass(frozen=True)
 class Scaler:
     "Standardise features by training statistics and clip them."
@@ -57,7 +58,7 @@ class Scaler:
     def fit(cls, x: np.ndarray, names: tuple[str, ...]) -> "Scaler":
         "Fit on x (rows, F)."
         x = x.astype(np.float64)
-        std = x.std(axis=0)
+        std = x.std(axis=0)  # exactly 0 for a constant: sums of float32 values do not round in float64
         return cls(tuple(names), x.mean(axis=0), np.where(std > 0, std, 1.0))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:  # (rows, F) float32
@@ -69,7 +70,7 @@ class Scaler:
         "Share of the values of x that the clip changes."
         return float((np.abs((x - self.mean) / self.std) > self.clip).mean())
 
-# %% ../nbs/15_dataset.ipynb #8d8c3148
+# %% ../nbs/15_dataset.ipynb #67c44fa7
 @dataclass(frozen=True)
 class SymbolRows:
     "Features and labels of one symbol, oldest first."
@@ -80,9 +81,9 @@ class SymbolRows:
     y: np.ndarray  # (n,) float64 labels, NaN where undefined
 
     def __post_init__(self):
-        if not len(self.sessions) == len(self.x) == len(self.y):
-            found = f"{len(self.sessions)}, {len(self.x)} and {len(self.y)} for {self.symbol}"
-            raise InputError("sessions, features and labels must be of one length", found, "Align them.")
+        if np.ndim(self.x) != 2 or not self.sessions.shape == self.x.shape[:1] == np.shape(self.y):
+            found = f"{self.sessions.shape}, {np.shape(self.x)} and {np.shape(self.y)} for {self.symbol}"
+            raise InputError("sessions, features and labels must be (n,), (n, F) and (n,)", found, "Align them.")
         if not self.sessions.is_monotonic_increasing or self.sessions.has_duplicates:
             raise InputError("sessions must ascend without doubles", self.symbol, "Sort and deduplicate them.")
         bad = ~np.isfinite(self.x).all(axis=1)
@@ -116,19 +117,23 @@ def sample_table(
         parts.append(pd.DataFrame(part | {"row": t}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/15_dataset.ipynb #fb04aa90
+# %% ../nbs/15_dataset.ipynb #cc23fae9
 def pool_samples(
     rows: list[SymbolRows], splits: SplitsConfig, horizon: int
 ) -> pd.DataFrame:  # As `sample_table`, rows numbered over all symbols
     "List the samples of all symbols, symbol by symbol."
-    starts = np.cumsum([0] + [len(r.x) for r in rows[:-1]])
     tables = [sample_table(r, splits, horizon) for r in rows]
-    return pd.concat([t.assign(row=t["row"] + s) for t, s in zip(tables, starts, strict=True)], ignore_index=True)
+    shifted = [t.assign(row=t["row"] + s) for t, s in zip(tables, first_rows(rows), strict=True)]
+    return pd.concat(shifted, ignore_index=True)
 
-# %% ../nbs/15_dataset.ipynb #d084cbe8
+
+def first_rows(rows: list[SymbolRows]) -> np.ndarray:  # (n symbols,) int64
+    "Number the first row of each symbol."
+    return np.cumsum([0] + [len(r.x) for r in rows[:-1]], dtype=np.int64)
+
+# %% ../nbs/15_dataset.ipynb #4fa735ea
 def training_rows(
-    samples: pd.DataFrame,  # As from `sample_table`, rows numbered over all symbols
-    max_context: int,
+    samples: pd.DataFrame, max_context: int  # Samples with rows numbered over all symbols
 ) -> np.ndarray:  # Row numbers, ascending
     "List the rows that some training window of the longest context holds."
     train = samples[samples["split"] == "train"].groupby("symbol", sort=False)["row"].agg(["min", "max"])
@@ -136,6 +141,18 @@ def training_rows(
         rule, fix = "training needs at least one sample", "Move `train_end`, or give more history."
         raise InputError(rule, f"none with max_context {max_context}", fix)
     return np.concatenate([np.arange(a - max_context + 1, b + 1) for a, b in train.to_numpy()])
+
+# %% ../nbs/15_dataset.ipynb #3449c4fb
+def check_names(rows: list[SymbolRows], names: tuple[str, ...], scaler: Scaler | None) -> None:
+    "Raise unless symbols are distinct and rows, names and scaler speak of the same features."
+    widths = {r.symbol: r.x.shape[1] for r in rows}
+    if len(widths) < len(rows):
+        raise InputError("each symbol must come once", ", ".join(r.symbol for r in rows), "Join its rows, or rename one.")
+    if set(widths.values()) != {len(names)}:
+        raise InputError("every symbol must have the named features", f"{widths} for {len(names)} names", "Build one tier.")
+    if scaler and tuple(scaler.names) != tuple(names):
+        other = [n for n in names if n not in scaler.names] or ["another order"]
+        raise InputError("a scaler must be of the features it scales", ", ".join(other), "Build the tier of the run.")
 
 # %% ../nbs/15_dataset.ipynb #7353053c
 def check_splits(samples: pd.DataFrame, task: Task) -> None:
@@ -145,14 +162,14 @@ def check_splits(samples: pd.DataFrame, task: Task) -> None:
         order = part["origin"].rank(method="dense").to_numpy(np.int64)
         check_enough(part["y"].to_numpy(), task.horizon, task.kind, order, split)
 
-# %% ../nbs/15_dataset.ipynb #26ab5622
+# %% ../nbs/15_dataset.ipynb #b9cfa375
 class FinancialDataset:
     "Windows and labels of one or several symbols, split by session."
 
     def __init__(
         self,
         rows: list[SymbolRows],  # One per symbol
-        names: tuple[str, ...],  # F feature names
+        names: tuple[str, ...],  # F features
         task: Task,
         splits: SplitsConfig,
         context_length: int,  # T, sessions
@@ -160,16 +177,16 @@ class FinancialDataset:
         is_checked: bool = True,  # Refuse spans that cannot say anything
     ):
         check_range("context_length", context_length, 1, splits.max_context)
+        check_names(rows, names, scaler)
         self.task, self.splits, self.context_length, self.names = task, splits, context_length, tuple(names)
         self.samples = pool_samples(rows, splits, task.horizon)
-        if is_checked:
-            check_splits(self.samples, task)
+        if is_checked: check_splits(self.samples, task)
         x = np.concatenate([r.x for r in rows])
         self.scaler = scaler or Scaler.fit(x[training_rows(self.samples, splits.max_context)], self.names)
         self.clipped_share = self.scaler.clipped_share(x)
         self.x = torch.from_numpy(self.scaler(x))  # (R, F)
-        self.y = torch.tensor(self.samples["y"].to_numpy(np.float32))  # one per sample
-        self.row = torch.tensor(self.samples["row"].to_numpy(np.int64))  # one per sample
+        self.starts = torch.from_numpy(first_rows(rows))
+        self.y, self.row = (torch.tensor(self.samples[k].to_numpy(v)) for k, v in (("y", np.float32), ("row", np.int64)))
         self.index = {k: torch.tensor(np.flatnonzero(self.samples["split"] == k)) for k in SPLITS}
 
     def to(self, device: torch.device | str) -> "FinancialDataset":
@@ -178,13 +195,27 @@ class FinancialDataset:
         return self
 
     def windows(self, rows: torch.Tensor) -> torch.Tensor:  # (B, T, F)
-        "Gather the windows that end with the given rows."
-        return window_view(self.x, self.context_length)[rows.to(self.x.device) - self.context_length + 1]
+        "Gather the windows that end with the given rows; on the CPU, refuse one that no symbol holds whole."
+        first = window_starts(rows, self.starts, len(self.x), self.context_length)
+        return window_view(self.x, self.context_length)[first.to(self.x.device)]
 
     def batch(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, F), (B,)
         "Gather windows and labels of samples, given by their place in the table."
         samples = samples.to(self.x.device)
         return self.windows(self.row[samples]), self.y[samples]
+
+# %% ../nbs/15_dataset.ipynb #39177e72
+def window_starts(
+    rows: torch.Tensor, starts: torch.Tensor, n_rows: int, context_length: int  # Ends of windows; starts of symbols
+) -> torch.Tensor:  # First rows of the windows
+    "Say where windows begin; raise unless each lies within the rows of one symbol."
+    first = rows - context_length + 1
+    if rows.device.type == "cpu":  # elsewhere a look would wait for the device, and `batch` asks for whole ones only
+        bad = (first < starts[(torch.searchsorted(starts, rows, right=True) - 1).clamp_min(0)]) | (rows >= n_rows)
+        if bad.any():
+            found = f"row {rows[bad][0].item()} of {n_rows}, symbols from {starts.tolist()[:9]}"
+            raise InputError(f"a window needs {context_length} rows of its symbol", found, "Ask for another row.")
+    return first
 
 # %% ../nbs/15_dataset.ipynb #35bd2c84
 def n_windows(dataset: FinancialDataset) -> dict[str, int]:
@@ -215,7 +246,7 @@ def rows_from_frame(
     x, y = frame[list(names)].to_numpy(np.float32), task.labels(frame[list(PRICES)]).to_numpy(np.float64)
     return SymbolRows(symbol, pd.DatetimeIndex(frame.index), x, y), names
 
-# %% ../nbs/15_dataset.ipynb #532fc991
+# %% ../nbs/15_dataset.ipynb #8726cd0b
 def load_dataset(
     config: ExperimentConfig,
     data_dir: Path | str = "data",
@@ -223,13 +254,17 @@ def load_dataset(
     is_checked: bool = True,
 ) -> FinancialDataset:
     "Load the registered data of an experiment."
-    task, rows = Task(config.task, horizon=config.horizon), []
+    task, rows, names = Task(config.task, horizon=config.horizon), [], None
     for name, symbol in zip(config.dataset, config.symbols, strict=True):
-        item, names = rows_from_frame(symbol, load_frame(data_dir, name), task)
+        item, found = rows_from_frame(symbol, load_frame(data_dir, name), task)
+        if names not in (None, found):
+            rule = "all symbols must have the same features in one order"
+            raise InputError(rule, f"{', '.join(found)} for {name}", "Build them again, in one tier.")
+        names = found
         rows.append(item)
     return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked)
 
-# %% ../nbs/15_dataset.ipynb #a292e8da
+# %% ../nbs/15_dataset.ipynb #6a7febe5
 def from_arrays(
     x: np.ndarray,  # (n, F) features, oldest first
     y: np.ndarray,  # (n,) labels: y[t] belongs to a decision after row t; NaN where undefined
@@ -241,16 +276,23 @@ def from_arrays(
     is_checked: bool = True,
 ) -> FinancialDataset:
     "Make a dataset of one's own arrays; rows count as consecutive days from 1900 on."
-    n = len(x)
+    x, y, n = np.asarray(x, np.float32), np.asarray(y, np.float64), len(x)
+    check_kind(kind, y)
     sessions = pd.DatetimeIndex(np.datetime64("1900-01-01", "D") + np.arange(n), name="session")
     cut = [int(n * shares[0]) - 1, int(n * (shares[0] + shares[1])) - 1, n - 1]
     train_end, val_end, test_end = (sessions[c].date() for c in cut)
     splits = SplitsConfig(train_end=train_end, val_end=val_end, test_end=test_end, max_context=context_length)
     task = Task("arrays", horizon, (kind, given_labels))
+    rows = SymbolRows("ARRAYS", sessions, x, y)
     names = tuple(f"x{i}" for i in range(x.shape[1]))
-    rows = SymbolRows("ARRAYS", sessions, np.asarray(x, np.float32), np.asarray(y, np.float64))
     return FinancialDataset([rows], names, task, splits, context_length, is_checked=is_checked)
 
+
+def check_kind(kind: str, y: np.ndarray) -> None:
+    "Raise unless labels are of their kind."
+    if kind not in KINDS: raise InputError("`kind` must be binary or real", kind, nearest(str(kind), list(KINDS)))
+    if kind == "binary" and not np.isin(y[~np.isnan(y)], (0, 1)).all():
+        raise InputError("binary labels must be 0 and 1", np.unique(y[~np.isnan(y)])[:3], "Recode them, or use `real`.")
 
 
 def given_labels(prices: pd.DataFrame, horizon: int) -> pd.Series:

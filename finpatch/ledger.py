@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['read_looks', 'count_looks', 'record_look']
 
-# %% ../nbs/39b_ledger.ipynb #a37559ba
+# %% ../nbs/39b_ledger.ipynb #b10f0343
+import errno
 import json
 import os
 from pathlib import Path
 
 from .core import flush, to_json, utc_now
 
-# %% ../nbs/39b_ledger.ipynb #2fd226cc
+# %% ../nbs/39b_ledger.ipynb #6af4ed5c
 def read_looks(
     path: Path | str,  # The ledger; none is an empty one
 ) -> list[dict]:  # {"time", "span", "what"}, oldest first
     "Read every whole line of a ledger."
     path = Path(path)
     looks = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             look = json.loads(line)
         except ValueError:
@@ -36,7 +37,7 @@ def count_looks(
     "Count the looks at a span."
     return sum(look.get("span") == span for look in read_looks(path))
 
-# %% ../nbs/39b_ledger.ipynb #5e4880cd
+# %% ../nbs/39b_ledger.ipynb #bf2b2e6b
 def record_look(
     path: Path | str,  # The ledger, outside any single run
     span: str,  # Digest of the span, from `span_digest`
@@ -50,7 +51,9 @@ def record_look(
     try:
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-        os.write(handle, ("\n" * torn + line).encode())
+        data = ("\n" * torn + line).encode(errors="replace")
+        if os.write(handle, data) < len(data):
+            raise OSError(errno.ENOSPC, "a look could not be written whole", str(path))
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -55,17 +55,17 @@ def aside_lines(result: dict, split: str) -> list[str]:  # One, and for probabil
         lines.append(f"calibration slope: {slope} (1: calibrated, below: too bold, 0: noise)")
     return lines
 
-# %% ../nbs/39c_table.ipynb #61123961
+# %% ../nbs/39c_table.ipynb #76acc6bf
 def split_header(result: dict, split: str) -> str:
     "Name a split's span, sessions, horizon and, for a test span, how often it has been looked at."
     span = result["spans"][split]
-    text = f"{split}  {span['first']} to {span['last']}, {span['n_sessions']} sessions, horizon {result['horizon']}"
+    text = f"{split}  decided {span['first']} to {span['last']}, {span['n_sessions']} sessions, horizon {result['horizon']}"
     looks = result.get("n_test_looks")
     if "base_rate" in result[split]:
         text += f", base rate {result[split]['base_rate']['value']:.3f}"
     return text + (f", looked at {looks} time{'s' * (looks != 1)}" if split == "test" and looks else "")
 
-# %% ../nbs/39c_table.ipynb #9b226f2c
+# %% ../nbs/39c_table.ipynb #2cc83f9d
 def result_table(
     result: dict,  # From `evaluate_predictions`, with `n_test_looks` if the look was recorded
 ) -> str:  # Lines for a terminal
@@ -78,6 +78,8 @@ def result_table(
             lines += [*aside_lines(result, split), ""]
     lines += [f"alarm  {alarm['name']} on {alarm['split']}: {alarm['found']}" for alarm in result["alarms"]]
     lines.append("± is half of a 95 % interval. Skill is the baseline's loss minus the model's: above 0 is better.")
+    if result.get("val"):
+        lines.append("Choices were made on val (best baseline and its penalty, in a run the epoch): it flatters. Judge by test.")
     return "\n".join(lines)
 
 # %% ../nbs/39c_table.ipynb #b60ae315

@@ -2,21 +2,24 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from finpatch.core import read_json
+from finpatch.core import InputError, NotFoundError, RuleError, read_json
 from finpatch.dataset import FinancialDataset
 from finpatch.experiment import OptimConfig, load_experiment_config
 from finpatch.features import build_dataset
+from finpatch.forecast import predict
+from finpatch.manifest import load_frame, store_processed
 from finpatch.market import fetch_ohlcv
-from finpatch.patchtst import PatchTST, PatchTSTConfig
 from finpatch.run import load_run, override, train_run
-from finpatch.trainer import Trainer
 
 QUICK = override(load_experiment_config("sp500_direction"), max_steps=6)
 
@@ -80,3 +83,109 @@ def test_golden_losses():
 
 
 GOLDEN = [0.6597866150957316, 0.6577868959969945]
+
+
+# The folder says what happened
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    return train_run(
+        QUICK, "20k", data_dir=data_dir, run_dir=tmp_path_factory.mktemp("f") / "run", is_progress_shown=False
+    )
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+CHANGES = {
+    "another task": lambda run: edit(run / "config.yaml", "task: direction", "task: threshold_1pct"),
+    "another context": lambda run: edit(run / "config.yaml", "embargo: 0", "embargo: 1"),
+    "another scaler": lambda run: edit(run / "run.json", '"clip": 5.0', '"clip": 4.0'),
+    "other features": lambda run: edit(run / "run.json", '"rsi_14"', '"rsi_15"'),
+    "another size": lambda run: edit(run / "run.json", '"n_params": ', '"n_params": 1'),
+    "other forecasts": lambda run: (run / "predictions.parquet").write_bytes(b"PAR1"),
+    "no config": lambda run: (run / "config.yaml").unlink(),
+    "no record": lambda run: (run / "run.json").unlink(),
+    "no weights": lambda run: (run / "best.safetensors").unlink(),
+    "half the weights": lambda run: os.truncate(run / "best.safetensors", 999),
+    "no result": lambda run: (run / "result.json").unlink(),
+    "half the result": lambda run: os.truncate(run / "result.json", 99),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_was_edited_is_refused_in_three_parts(change, copy):
+    load_run(copy, None)
+    CHANGES[change](copy)
+    with pytest.raises(RuleError) as caught:
+        load_run(copy, None)
+    assert str(copy) in str(caught.value) and caught.value.remedy
+
+
+def test_a_run_is_usable_without_what_it_does_not_rest_on(copy):
+    for name in ("predictions.parquet", "learning_curve.png", "metrics.jsonl", "last.safetensors"):
+        (copy / name).unlink()
+    assert load_run(copy, None).config == QUICK
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "reason"),
+    [
+        ({"epochs": 1, "max_steps": 1000}, 37, "epochs"),
+        ({"epochs": 1}, 37, "epochs"),
+        ({"max_steps": 3}, 3, "max_steps"),
+    ],
+)
+def test_the_reason_of_the_end_is_the_one_that_ended_it(changes, steps, reason, data_dir, tmp_path):
+    config = override(load_experiment_config("sp500_direction"), **changes)
+    train_run(config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    result = read_json(tmp_path / "run" / "result.json")
+    assert (result["n_steps"], result["stop_reason"]) == (steps, reason)
+
+
+def test_a_figure_that_fails_ends_no_run(data_dir, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("finpatch.run.plot_learning_curve", lambda *_: 1 / 0)
+    path = train_run(QUICK, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    assert read_json(path / "run.json")["status"] == "done" and load_run(path, None).result["status"] == "done"
+    assert "no learning curve" in caplog.text and not list(path.glob("*.png")) and not list(path.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError("too big")])
+@pytest.mark.parametrize("place", ["Trainer", "judge"])
+def test_a_run_that_broke_off_says_so_and_has_no_result(error, place, data_dir, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"finpatch.run.{place}", broken)
+    with pytest.raises(type(error)):
+        train_run(QUICK, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["status"] == "failed" and record["error"].startswith(type(error).__name__) and record["ended_utc"]
+    assert not (tmp_path / "run" / "result.json").exists()
+    with pytest.raises(NotFoundError, match="finished run"):
+        load_run(tmp_path / "run", None)
+
+
+def test_features_made_by_other_code_are_refused_whatever_code_is_installed(finished, data_dir, tmp_path, monkeypatch):
+    "The registered file is what is read: its maker counts, then and now, not what the installed code would make."
+    run = load_run(finished, None)
+    monkeypatch.setattr("finpatch.features.code_sha256", lambda tier: "0" * 64)
+    assert len(predict(run, data_dir, asof="2018-12-31")) == 1
+    other = Path(shutil.copytree(data_dir, tmp_path / "data"))
+    frame = load_frame(other, "SP500.dataset.a20").iloc[:-1]
+    parents = [(p["dataset_id"], p["version"]) for p in run.record["lineage"][0]["parents"]]
+    store = {"tier": "a20", "parents": parents, "new_version": True}
+    store_processed(other, "SP500.dataset.a20", frame, code_sha256=run.record["code_sha256"], **store)
+    assert str(predict(run, other)["origin"].iloc[-1].date()) == "2018-12-28"  # a newer version of the same making
+    store_processed(other, "SP500.dataset.a20", frame.iloc[:-1], code_sha256="1" * 64, **store)
+    with pytest.raises(InputError, match="feature code 111111111111"):
+        predict(run, other)

@@ -4,17 +4,28 @@ At 200 random cuts of real data the history is cut off, and the future is corrup
 over, the scaler must be the same bits.
 """
 
+import dataclasses
 from datetime import date
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from finpatch.adjust import forward_adjust
 from finpatch.budget import load_patchtst_config
 from finpatch.causal import corrupt_after
-from finpatch.dataset import FinancialDataset, Scaler, rows_from_frame, sample_table, training_rows
-from finpatch.experiment import SplitsConfig
+from finpatch.core import InputError
+from finpatch.dataset import (
+    FinancialDataset,
+    Scaler,
+    SymbolRows,
+    load_dataset,
+    rows_from_frame,
+    sample_table,
+    training_rows,
+)
+from finpatch.experiment import SplitsConfig, load_experiment_config
 from finpatch.features import compute_features
 from finpatch.market import load_ohlcv
 from finpatch.patchtst import PatchTST
@@ -108,3 +119,66 @@ def test_labels_of_training_never_reach_into_a_later_split(horizon, bars):
     for early, late in (("train", "val"), ("val", "test")):
         last = samples.loc[samples["split"] == early, "origin"].max()
         assert place([starts[late]])[0] - place([last])[0] - 1 == horizon - 1
+
+
+def test_symbols_whose_features_stand_in_another_order_are_refused(bars, monkeypatch):
+    "Stacked as they stand, one symbol's RSI would be scaled, and learnt, as the other's gap."
+    features = compute_features(bars, "a20")
+    frame = features.join(forward_adjust(bars).loc[features.index])
+    other = frame[[*features.columns[::-1], *frame.columns[20:]]]
+    frames = {"A.dataset.a20": frame, "B.dataset.a20": frame}
+    monkeypatch.setattr("finpatch.dataset.load_frame", lambda data_dir, name: frames[name])
+    config = dataclasses.replace(load_experiment_config("sp500_direction"), dataset=tuple(frames))
+    assert len(load_dataset(config).names) == 20
+    frames["B.dataset.a20"] = other
+    with pytest.raises(InputError, match="same features in one order.*B.dataset.a20"):
+        load_dataset(config)
+
+
+def panel(horizon):
+    "Two symbols, of which one trades on fewer days; the values of a window tell symbol and row."
+    days = pd.DatetimeIndex(pd.bdate_range("2000-01-03", periods=1200), name="session")
+    fewer = days[np.random.default_rng(0).random(1200) > 0.1]
+    y = np.random.default_rng(1).normal(size=1200)
+    make = lambda name, at, x0: SymbolRows(name, at, x0 + np.arange(2.0 * len(at)).reshape(-1, 2), y[: len(at)].copy())
+    rows = [make("A", days, 0), make("B", fewer, 10_000)]
+    rows[1].y[300:310] = np.nan  # labels missing in the middle
+    ends = {"train_end": days[599].date(), "val_end": days[899].date(), "test_end": days[1199].date()}
+    splits = SplitsConfig(**ends, train_start=days[100].date(), embargo=2, max_context=30)
+    data = FinancialDataset(rows, ("a", "b"), Task("regression", horizon), splits, 20, is_checked=horizon == 1)
+    return rows, splits, data
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 20])
+def test_rows_and_labels_of_a_panel_with_sessions_of_its_own(horizon):
+    "By brute force over each symbol's own sessions: split, row, label, last session, window."
+    rows, splits, data = panel(horizon)
+    ends = [pd.Timestamp(d) for d in (splits.train_end, splits.val_end, splits.test_end)]
+    begin, want, start = pd.Timestamp(splits.train_start), [], 0
+    for part in rows:
+        last_train = (part.sessions <= ends[0]).sum() - 1 - splits.embargo
+        for t in range(splits.max_context - 1, len(part.sessions) - horizon):
+            span = part.sessions[t + 1 : t + horizon + 1]
+            split = np.unique(np.searchsorted(ends, span))
+            is_late = split[0] == 0 and (span[0] < begin or t + horizon > last_train)
+            if len(split) == 1 and split[0] < 3 and not is_late and np.isfinite(part.y[t]):
+                key = (("train", "val", "test")[split[0]], part.symbol, part.sessions[t], span[-1])
+                want.append((*key, part.y[t], start + t))
+        start += len(part.x)
+    got = data.samples.sort_values("row")
+    assert [tuple(r) for r in got.itertuples(index=False)] == want
+    raw = np.concatenate([r.x for r in rows])
+    places = torch.tensor([0, len(got) // 2, len(got) - 1])
+    for window, row in zip(data.batch(places)[0], data.samples["row"].iloc[places.numpy()], strict=True):
+        np.testing.assert_array_equal(window.numpy(), data.scaler(raw[row - 19 : row + 1]))
+    spans = got[got["split"] == "train"].groupby("symbol")["row"].agg(["min", "max"]).to_numpy()
+    used = np.concatenate([np.arange(a - 29, b + 1) for a, b in spans])
+    np.testing.assert_allclose(data.scaler.mean, raw[used].astype(np.float64).mean(axis=0), rtol=1e-12)
+
+
+def test_no_row_after_training_of_any_symbol_moves_the_scaler():
+    rows, splits, data = panel(5)
+    for part in rows:
+        part.x[part.sessions > pd.Timestamp(splits.train_end)] = 1e9
+    again = FinancialDataset(rows, ("a", "b"), data.task, splits, 20, is_checked=False)
+    assert np.array_equal(again.scaler.mean, data.scaler.mean) and np.array_equal(again.scaler.std, data.scaler.std)
