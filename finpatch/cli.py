@@ -74,7 +74,7 @@ def budget(args: argparse.Namespace) -> Answer:
     ]
     return Answer(rows, "\n".join([head, *lines]))
 
-# %% ../nbs/50_cli.ipynb #28cf53da
+# %% ../nbs/50_cli.ipynb #798fbff3
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget and show its result."
     from finpatch.core import read_json
@@ -103,7 +103,7 @@ def predict(args: argparse.Namespace) -> Answer:
     table["origin"] = table["origin"].dt.strftime("%Y-%m-%d")
     return Answer({"run_dir": args.run, "predictions": table.to_dict("records")}, table.to_csv(index=False).rstrip())
 
-
+# %% ../nbs/50_cli.ipynb #4e39bd13
 def evaluate(args: argparse.Namespace) -> Answer:
     "Evaluate a file of predictions, whoever made them."
     from finpatch.evaluate import evaluate_predictions
