@@ -195,7 +195,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #43634257
+# %% ../nbs/50_cli.ipynb #135a5def
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", train, "finpatch train --config sp500_direction --budget 2m")
@@ -225,7 +225,7 @@ def add_use(parent) -> None:
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
     add(parent, "runs", runs, "finpatch runs")
 
-
+# %% ../nbs/50_cli.ipynb #c2acc9f0
 def make_parser() -> Parser:
     "Make the parser of the whole command."
     from finpatch import __version__
