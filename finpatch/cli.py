@@ -133,7 +133,7 @@ def predict(args: argparse.Namespace) -> Answer:
     table["origin"] = table["origin"].dt.strftime("%Y-%m-%d")
     return Answer({"run_dir": args.run, "predictions": table.to_dict("records")}, table.to_csv(index=False).rstrip())
 
-
+# %% ../nbs/50_cli.ipynb #4e39bd13
 def evaluate(args: argparse.Namespace) -> Answer:
     "Evaluate a file of predictions, whoever made them."
     from finpatch.evaluate import evaluate_predictions
@@ -258,7 +258,7 @@ def add_use(parent) -> None:
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
     add(parent, "runs", runs, "finpatch runs")
 
-
+# %% ../nbs/50_cli.ipynb #c2acc9f0
 def make_parser() -> Parser:
     "Make the parser of the whole command."
     from finpatch import __version__
