@@ -28,7 +28,6 @@ run: $(VENV)/core.done ## Build the SP500 data, train 2m on direction and on log
 	$(BIN)/finpatch data fetch SP500
 	$(BIN)/finpatch data build SP500 --tier a20
 	$(BIN)/finpatch data build SP500 --tier raw6
-	$(BIN)/finpatch verify
 	$(BIN)/finpatch train --config sp500_direction --budget 2m
 	$(BIN)/finpatch train --config sp500_log_range --budget 2m
 

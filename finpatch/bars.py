@@ -58,21 +58,25 @@ def read_embedded(
 ALIASES = {name.lower().replace(" ", ""): name for name in COLUMNS} | {"adjustedclose": "Adj Close", "closeadj": "Adj Close", "vol": "Volume"}
 DATES = ("date", "session", "datetime", "timestamp", "day", "unnamed: 0")
 
-# %% ../nbs/10e_bars.ipynb #3880a441
+# %% ../nbs/10e_bars.ipynb #d1de9b99
 def read_file(
     path: Path | str,  # .csv, .csv.gz or .parquet
 ) -> pd.DataFrame:  # As in the file
     "Read a table of bars."
     path = Path(path)
     if not path.is_file():
-        raise NotFoundError("the file of source `file` must exist", f"nothing at {path}", "Check `--path`.")
+        found = f"a folder at {path}" if path.is_dir() else f"nothing at {path}"
+        raise NotFoundError("the file of source `file` must exist", found, "Check `--path`.")
     is_parquet, is_csv = path.suffix.lower() in (".parquet", ".pq"), ".csv" in path.name.lower()
     if not (is_parquet or is_csv):
         raise InputError("source `file` reads .csv, .csv.gz and .parquet", path.name, "Convert it or rename it.")
     try:
         return pd.read_parquet(path) if is_parquet else pd.read_csv(path, skipinitialspace=True)
+    except UnicodeDecodeError as error:
+        raise InputError("a CSV must be text in UTF-8", f"{path}: {error}", "Save it as CSV in UTF-8.") from None
     except (ValueError, OSError) as error:
-        raise InputError("the file of source `file` must be readable", f"{path}: {error}", "Check that it is whole.") from None
+        found = f"{path}: {str(error).strip().rstrip('.')}"
+        raise InputError("the file of source `file` must be readable", found, "Check that it is whole.") from None
 
 # %% ../nbs/10e_bars.ipynb #2a910fdc
 def tidy_name(name: object) -> str:
@@ -109,7 +113,7 @@ def tidy_dates(
         found, remedy = str(error).splitlines()[0], "Write dates as 2024-01-31, and name their column Date."
         raise InputError("every row needs a date", found, remedy) from None
 
-# %% ../nbs/10e_bars.ipynb #49d8a029
+# %% ../nbs/10e_bars.ipynb #3a20c53d
 def tidy_bars(
     frame: pd.DataFrame,  # As a source gave it
 ) -> pd.DataFrame:  # Named columns in order, float64, indexed by `session`
@@ -118,7 +122,8 @@ def tidy_bars(
     absent = [name for name in COLUMNS if name not in [*named.columns, "Adj Close"]]
     if absent:
         found = f"no {', '.join(absent)} among {', '.join(map(str, frame.columns))}"
-        raise InputError(CHECKS["columns"].rule, found, CHECKS["columns"].remedy)
+        remedy = "Separate the columns by commas, with decimal points." if frame.shape[1] == 1 else CHECKS["columns"].remedy
+        raise InputError(CHECKS["columns"].rule, found, remedy)
     dated = [place for place, name in enumerate(frame.columns) if str(name).lower() in DATES]
     index = tidy_dates(frame.iloc[:, dated[0]] if dated else frame.index)
     kept = [place for name in COLUMNS for place in np.flatnonzero(named.columns == name)]
@@ -127,4 +132,4 @@ def tidy_bars(
     try:
         return named.iloc[:, kept].set_axis(index, axis=0).astype(np.float64)
     except (ValueError, TypeError) as error:
-        raise InputError("every column must hold numbers", str(error), "Remove units and thousands marks.") from None
+        raise InputError("every column must hold numbers", str(error), "Remove units and thousands marks; write decimal points.") from None

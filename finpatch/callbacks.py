@@ -112,7 +112,7 @@ class WriteMetrics(Callback):
             stream.flush()
             os.fsync(stream.fileno())
 
-# %% ../nbs/31_callbacks.ipynb #6e7473c3
+# %% ../nbs/31_callbacks.ipynb #531a7266
 class Progress(Callback):
     "Show steps, rate, time left and the last losses."
 
@@ -123,7 +123,7 @@ class Progress(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         off = not self.is_shown
-        self.bar = tqdm(total=trainer.n_steps, unit="step", disable=off, file=sys.stderr, mininterval=0.5)
+        self.bar = tqdm(total=trainer.n_steps, initial=trainer.step, unit="step", disable=off, file=sys.stderr, mininterval=0.5)
 
     def after_step(self, trainer: Trainer) -> None:
         self.bar.update()

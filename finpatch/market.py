@@ -30,13 +30,14 @@ _all_ = ["Finding", "validate_ohlcv"]
 # %% ../nbs/11_market.ipynb #cbd5ac79
 SOURCES = {"embedded": "arch", "yahoo": "yfinance", "file": "pandas"}  # and the library that reads each
 
-# %% ../nbs/11_market.ipynb #442be0be
+# %% ../nbs/11_market.ipynb #b93a8d1f
 def parse_date(
     name: str,  # start or end
     value: object,  # A date, ISO text or None
 ) -> pd.Timestamp | None:
     "Parse one end of the span."
     try:
+        value = datetime.fromisoformat(value) if isinstance(value, str) else value
         day = None if value is None else pd.Timestamp(value).tz_localize(None)
         if day is pd.NaT:
             raise ValueError("no date")

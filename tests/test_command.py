@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from safetensors.numpy import load_file
 
 from finpatch.cli import main, make_parser
 from finpatch.core import read_json
+
+ROOT = Path(__file__).parent.parent
 
 
 def finpatch(*words, **options) -> subprocess.CompletedProcess:
@@ -167,6 +171,64 @@ def test_train_predict_evaluate_and_the_ledger(run, tmp_path):
     assert again["n_test_looks"] == 2
     assert json.loads(run("evaluate", file, "--json")[1])["n_test_looks"] == 3
     assert run("runs")[1].split()[0] == "done"
+
+
+def test_make_run_works_on_a_fresh_clone(tmp_path):
+    "Every command of the recipe, where only the manifests are there; training is cut short."
+    for kind in ("raw", "processed"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        shutil.copy(ROOT / "data" / kind / "manifest.json", tmp_path / "data" / kind)
+    recipe = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line)[1:] for line in recipe.splitlines() if "/finpatch " in line]
+    assert [words[0] for words in commands].count("train") == 2
+    for words in commands:
+        short = ["--budget", "10k", "--max-steps", "2"] if words[0] == "train" else []
+        done = finpatch(*words, *short, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+
+
+def test_a_refused_file_is_no_look_at_the_test_span(run, data_dir, tmp_path):
+    rows = [f"test,2016-01-{day:02d},2016-01-{day + 1:02d},{day % 2},0.5" for day in range(4, 9)]
+    (tmp_path / "short.csv").write_text("\n".join(["split,origin,target_end,y,p", *rows]))
+    status, _, err = run("evaluate", tmp_path / "short.csv")
+    assert status == 1 and "at least 100" in err
+    assert not (data_dir / "ledger.jsonl").exists()
+
+
+def test_a_date_that_can_be_read_in_two_ways_is_refused(run):
+    status, _, err = run("predict", "--run", "nowhere", "--asof", "01/02/2018")
+    assert status == 1 and "01/02/2018" in err and "2024-01-31" in err
+
+
+def test_one_unreadable_record_hides_no_run(run, tmp_path):
+    good = {"status": "done", "budget": "2m", "n_params": 5, "started_utc": "2026-01-31T12:00:00Z"}
+    texts = {"good": json.dumps(good), "torn": "{", "empty": "{}", "list": "[]"}
+    for name, text in texts.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(text)
+    status, out, _ = run("runs", "--json")
+    found = {r["run_dir"].rsplit("/", 1)[1]: r["status"] for r in json.loads(out)["runs"]}
+    assert status == 0 and found == {"good": "done", "torn": "unreadable", "empty": "unreadable", "list": "unreadable"}
+    assert [line.split()[0] for line in run("runs")[1].splitlines()].count("unreadable") == 3
+
+
+def test_what_the_file_system_refuses_has_a_remedy(tmp_path):
+    (tmp_path / "data").write_text("a file, no folder")
+    done = finpatch("data", "fetch", "SP500", "--json", cwd=tmp_path)
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 1 and "data" in error["found"] and "--data-dir" in error["remedy"]
+    assert done.stderr.strip().splitlines()[-1].startswith("finpatch: files must be readable and writable")
+
+
+def test_the_keyboard_stops_a_command_with_an_object(run, monkeypatch):
+    import finpatch.budget
+
+    def stop(names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finpatch.budget, "describe_budgets", stop)
+    status, out, err = run("budget", "--json")
+    assert status == 1 and "keyboard" in json.loads(out)["error"]["found"] and len(err.strip().splitlines()) == 1
 
 
 def test_a_missing_file_is_one_line(run):

@@ -238,7 +238,9 @@ BAD_FILES = {
     "nodate.csv": (b"Open,High,Low,Close,Volume\n1,1,1,1,5\n", "needs a date"),
     "early.csv": (b"Date,Open,High,Low,Close,Volume\n0001-01-04,1,1,1,1,5\n", "0001-01-04"),
     "dates.csv": (b"Date,Open,High,Low,Close,Volume\nsoon,1,1,1,1,5\n", "soon"),
-    "semicolon.csv": (b"Date;Open;High;Low;Close;Volume\n2018-01-02;1;1;1;1;5\n", "Date;Open"),
+    "semicolon.csv": (b"Date;Open;High;Low;Close;Volume\n2018-01-02;1;1;1;1;5\n", "Date;Open.*by commas"),
+    "latin.csv": ("Date,Open,High,Low,Close,Volume\n2018-01-02,1,1,1,1,ü\n".encode("latin-1"), "in UTF-8"),
+    "comma.csv": (b'Date,Open,High,Low,Close,Volume\n2018-01-02,"1,5",2,1,2,5\n', "decimal points"),
     "broken.parquet": (b"PAR1 not really", "readable"),
     "bars.xlsx": (b"", "Convert it"),
     "twice.csv": (b"Date,Open,High,Low,Close,close,Volume\n2018-01-02,1,1,1,1,2,5\n", "Close"),
@@ -256,6 +258,8 @@ def test_bad_files_name_the_fault(tmp_path, name):
 def test_missing_file_names_its_path(tmp_path):
     with pytest.raises(NotFoundError, match=r"nowhere.csv"):
         read_file(tmp_path / "nowhere.csv")
+    with pytest.raises(NotFoundError, match="a folder at"):
+        read_file(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,7 @@ def test_missing_file_names_its_path(tmp_path):
         ({"path": "x.csv"}, "belongs to source `file`"),
         ({"calendar": "XNYSE"}, "Did you mean `XNYS`"),
         ({"start": "first of May"}, "2024-01-31"),
+        ({"end": "01/02/2018"}, "2024-01-31"),
         ({"start": "2018-05-01", "end": "2018-04-01"}, "at least one row"),
         ({"accept": ["missing_sesions"]}, "Did you mean `missing_sessions`"),
         ({"accept": ["duplicates"]}, "Acceptable"),

@@ -20,7 +20,6 @@ from finpatch.features import build_dataset
 from finpatch.forecast import predict
 from finpatch.manifest import load_frame, store_processed
 from finpatch.market import fetch_ohlcv
-from finpatch.patchtst import PatchTST, PatchTSTConfig
 from finpatch.run import load_run, make_model, override, train_run
 from finpatch.trainer import Trainer, predict_logits
 
