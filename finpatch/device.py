@@ -79,7 +79,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         "n_cpus": os.cpu_count(),
     }
 
-# %% ../nbs/22_device.ipynb #afe6365d
+# %% ../nbs/22_device.ipynb #961c1d55
 def probe(
     model: PatchTST,
     x: torch.Tensor,  # (B, T, F)
@@ -108,8 +108,8 @@ def check_parity(
         got = probe(model.to(device), x.to(device), is_training)
         for name, value in want.items():
             scale = value.abs().max().clamp_min(1e-6)
-            error = ((got[name] - value).abs().max() / scale).item()
-            if not error <= worst:  # also true for NaN
+            error = ((got[name] - value).abs().max() / scale).nan_to_num(torch.inf).item()  # NaN is as wrong as can be
+            if error > worst:
                 worst, where = error, name
     return {"is_ok": worst <= tolerance, "worst": worst, "where": where, "tolerance": tolerance}
 

@@ -8,7 +8,7 @@ import torch
 
 from finpatch.budget import count_parameters, load_patchtst_config
 from finpatch.dataset import FinancialDataset, load_dataset, n_windows
-from finpatch.device import check_parity
+from finpatch.device import check_parity, probe
 from finpatch.experiment import load_experiment_config
 from finpatch.features import build_dataset
 from finpatch.market import fetch_ohlcv
@@ -95,3 +95,22 @@ def test_the_dataset_of_an_experiment_is_the_one_it_reads(data_dir):
     config = load_experiment_config("sp500_direction")
     other = load_dataset(dataclasses.replace(config, dataset=("SP500.dataset.raw6",)), data_dir)
     assert len(other.names) == 6 and len(load_dataset(config, data_dir).names) == 20
+
+
+@pytest.mark.parametrize("fault", ["nan", "train only", "eval only"])
+def test_a_device_that_computes_something_else_is_refused(fault, monkeypatch):
+    "The second of two probes is the device's: here it lies, always or in one mode."
+    calls = []
+
+    def lie(model, x, is_training):
+        out, is_device = probe(model, x, is_training), len(calls) % 2 == 1
+        calls.append(is_training)
+        if is_device and fault == "nan":
+            out["logits"][0] = float("nan")
+        elif is_device and is_training == (fault == "train only"):
+            out["logits"] += 0.1
+        return out
+
+    monkeypatch.setattr("finpatch.device.probe", lie)
+    parity = check_parity(torch.device("cpu"))
+    assert not parity["is_ok"] and parity["where"] == "logits" and sorted(set(calls)) == [False, True]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,7 +19,8 @@ from finpatch.features import build_dataset
 from finpatch.forecast import predict
 from finpatch.manifest import load_frame, store_processed
 from finpatch.market import fetch_ohlcv
-from finpatch.run import load_run, override, train_run
+from finpatch.run import load_run, make_model, override, train_run
+from finpatch.trainer import Trainer, predict_logits
 
 QUICK = override(load_experiment_config("sp500_direction"), max_steps=6)
 
@@ -158,7 +160,7 @@ def test_features_made_by_other_code_are_refused_whatever_code_is_installed(fini
     "The registered file is what is read: its maker counts, then and now, not what the installed code would make."
     run = load_run(finished, None)
     monkeypatch.setattr("finpatch.features.code_sha256", lambda tier: "0" * 64)
-    assert len(predict(run, data_dir, asof="2018-12-31")) == 1
+    assert predict(run, data_dir, asof="2018-12-31")["origin"].tolist() == [pd.Timestamp("2018-12-31")]
     other = Path(shutil.copytree(data_dir, tmp_path / "data"))
     frame = load_frame(other, "SP500.dataset.a20").iloc[:-1]
     parents = [(p["dataset_id"], p["version"]) for p in run.record["lineage"][0]["parents"]]
@@ -168,3 +170,43 @@ def test_features_made_by_other_code_are_refused_whatever_code_is_installed(fini
     store_processed(other, "SP500.dataset.a20", frame.iloc[:-1], code_sha256="1" * 64, **store)
     with pytest.raises(InputError, match="feature code 111111111111"):
         predict(run, other)
+
+
+def test_forecasts_are_those_of_the_best_weights_and_not_the_last(data_dir, tmp_path):
+    config = override(load_experiment_config("sp500_direction"), lr=2e-2)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, patience=1))  # the last epoch is worse
+    path = train_run(config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    run, stored = load_run(path, data_dir), pd.read_parquet(path / "predictions.parquet")
+    assert (
+        run.result["stop_reason"] == "early_stop" and run.result["best_weights_sha256"] != run.result["weights_sha256"]
+    )
+    np.testing.assert_allclose(predict_logits(run.model, run.dataset, run.dataset.row), stored["logit"], atol=1e-6)
+    assert run.dataset.scaler is run.scaler  # that of the run, not one fitted on what lies there today
+
+
+def test_seed_and_micro_batch_reach_the_trainer_and_the_record(data_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(*args, **options):
+        seen.update(options)
+        return Trainer(*args, **options)
+
+    monkeypatch.setattr("finpatch.run.Trainer", spy)
+    config = dataclasses.replace(QUICK, seed=5)
+    where = {"data_dir": data_dir, "run_dir": tmp_path / "run", "is_progress_shown": False}
+    train_run(config, "5k", micro_batch_size=16, **where)
+    assert (seen["seed"], seen["micro_batch_size"]) == (5, 16)
+    assert read_json(tmp_path / "run" / "run.json")["micro_batch_size"] == 16
+
+
+def test_a_model_starts_at_the_prior_of_its_training_labels():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(1200, 3)), (rng.random(1200) < 0.5).astype(float)
+    many = np.where(np.arange(1200) % 5 > 1, 1.0, y)  # four of five are 1
+    config = dataclasses.replace(QUICK, context_length=20)
+    make = lambda labels: FinancialDataset.from_arrays(x, labels, kind="binary", context_length=20)
+    half, most = make(y), make(many)
+    with torch.no_grad():
+        gap = [make_model(config, "5k", d).eval()(half.batch(half.index["val"])[0]) for d in (most, half)]
+    priors = [d.y[d.index["train"]].mean() for d in (most, half)]
+    assert torch.allclose(gap[0] - gap[1], torch.logit(priors[0]) - torch.logit(priors[1]), atol=1e-5)

@@ -182,3 +182,13 @@ def test_no_row_after_training_of_any_symbol_moves_the_scaler():
         part.x[part.sessions > pd.Timestamp(splits.train_end)] = 1e9
     again = FinancialDataset(rows, ("a", "b"), data.task, splits, 20, is_checked=False)
     assert np.array_equal(again.scaler.mean, data.scaler.mean) and np.array_equal(again.scaler.std, data.scaler.std)
+
+
+def test_symbols_of_a_panel_do_not_add_sessions():
+    "Two symbols with sixty sessions of validation each are sixty sessions, not 120, and too few."
+    days = pd.DatetimeIndex(pd.bdate_range("2000-01-03", periods=700), name="session")
+    rng, ends = np.random.default_rng(0), {"train_end": days[399], "val_end": days[460], "test_end": days[699]}
+    splits = SplitsConfig(**{k: d.date() for k, d in ends.items()}, max_context=10)
+    rows = [SymbolRows(name, days, rng.normal(size=(700, 2)), rng.normal(size=700)) for name in "AB"]
+    with pytest.raises(InputError, match="val must hold at least 100.*61 sessions"):
+        FinancialDataset(rows, ("a", "b"), Task("regression"), splits, 10)
