@@ -3,7 +3,7 @@
 import configparser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 parser = configparser.ConfigParser(delimiters=["="])
@@ -33,8 +33,8 @@ setup(
         "Topic :: Office/Business :: Financial :: Investment",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["finpatch", "finpatch.*"]),
-    package_data={"finpatch": ["configs/*/*.yaml"]},
+    packages=find_namespace_packages(include=["finpatch", "finpatch.*"]),
+    package_data={"": ["*.yaml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -121,7 +121,7 @@ def train_answer(run_dir: Path) -> Answer:
     files = f"Run: {run_dir}\nLearning curve: {run_dir / 'learning_curve.png'}"
     return Answer(result, f"{title}\n\n{result_table(result)}\n\n{files}")
 
-# %% ../nbs/50_cli.ipynb #ea7a396f
+# %% ../nbs/50_cli.ipynb #e8341a2a
 def predict(args: argparse.Namespace) -> Answer:
     "Predict with a trained run."
     from finpatch.forecast import predict
@@ -133,23 +133,20 @@ def predict(args: argparse.Namespace) -> Answer:
     table["origin"] = table["origin"].dt.strftime("%Y-%m-%d")
     return Answer({"run_dir": args.run, "predictions": table.to_dict("records")}, table.to_csv(index=False).rstrip())
 
-# %% ../nbs/50_cli.ipynb #4e39bd13
+# %% ../nbs/50_cli.ipynb #b913082f
 def evaluate(args: argparse.Namespace) -> Answer:
     "Evaluate a file of predictions, whoever made them."
-    from finpatch.evaluate import evaluate_predictions
-    from finpatch.ledger import record_look
-    from finpatch.predictions import load_predictions, span_digest
+    from finpatch.evaluate import evaluate_file
+    from finpatch.predictions import load_predictions
     from finpatch.table import result_table
 
-    frame = load_predictions(args.file)
     if args.config:
         from finpatch.experiment import load_experiment_config
         from finpatch.job import judge
 
-        result = judge(frame, load_experiment_config(args.config), args.data_dir, what=args.file)
+        result = judge(load_predictions(args.file), load_experiment_config(args.config), args.data_dir, what=args.file)
     else:
-        result = evaluate_predictions(frame, horizon=args.horizon)  # a refusal shows nothing, so it is no look
-        result["n_test_looks"] = record_look(Path(args.data_dir) / "ledger.jsonl", span_digest(frame), args.file)
+        result = evaluate_file(args.file, Path(args.data_dir) / "ledger.jsonl", args.horizon)
     return Answer(result, result_table(result))
 
 # %% ../nbs/50_cli.ipynb #b8cc5198
@@ -225,7 +222,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #396e63d5
+# %% ../nbs/50_cli.ipynb #735ada03
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", train, "finpatch train --config sp500_direction --budget 2m")

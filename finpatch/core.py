@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #f53dd7c3
+# %% ../nbs/00_core.ipynb #f025091c
 class RuleError(Exception):
     "A broken rule, what was found, and what to do about it."
 
@@ -28,8 +28,8 @@ class RuleError(Exception):
         found: object,  # What was seen instead
         remedy: str,  # What the reader can do
     ):
-        self.rule, self.found, self.remedy = rule, str(found), remedy
-        super().__init__(f"{rule}; got {found}. {remedy}")
+        self.rule, self.found, self.remedy = rule, str(found).rstrip("."), remedy
+        super().__init__(f"{rule}; got {self.found}. {remedy}")
 
     def as_dict(self) -> dict[str, str]:  # rule, found, remedy
         "Return the three parts, for `--json`."

@@ -77,7 +77,7 @@ def predict_samples(
         "y": table["y"], "logit": logit, "p": dataset.task.link(logit),
     })
 
-# %% ../nbs/41b_job.ipynb #9969b774
+# %% ../nbs/41b_job.ipynb #735ec3f0
 def load_frames(config: ExperimentConfig, data_dir: Path | str) -> dict[str, pd.DataFrame]:
     "Load the dataset frames of an experiment by symbol."
     return {s: load_frame(data_dir, n) for s, n in zip(config.symbols, config.dataset, strict=True)}
@@ -91,9 +91,9 @@ def judge(
 ) -> dict[str, object]:  # val, test, baselines, n_test_looks, …
     "Evaluate predictions beside the baselines, and count the look."
     task = Task(config.task, horizon=config.horizon)
-    looks = record_look(Path(data_dir) / "ledger.jsonl", span_digest(predictions), what)
     baselines = baseline_predictions(task, load_frames(config, data_dir), predictions)
     result = evaluate_predictions(predictions, horizon=config.horizon, baselines=baselines)
+    looks = record_look(Path(data_dir) / "ledger.jsonl", span_digest(predictions), what)
     return result | {"n_test_looks": looks}
 
 # %% ../nbs/41b_job.ipynb #51b30737

@@ -21,15 +21,17 @@ DEFAULTS = {"fold": 0, "symbol": "", "budget": "", "seed": 0}
 COLUMNS = ("split", "fold", "symbol", "origin", "target_end", "budget", "seed", "y", "logit", "p")
 SPLITS = ("train", "val", "test")
 
-# %% ../nbs/39a_predictions.ipynb #80bfb942
+# %% ../nbs/39a_predictions.ipynb #ae2e8b10
 def session_column(values: pd.Series) -> pd.Series:  # datetime64, tz-naive, midnight
     "Read a column of dates, refusing what is none."
     if pd.api.types.is_numeric_dtype(values):
         raise InputError(f"`{values.name}` must hold dates", values.dtype, "Write them as 2016-01-04.")
     try:
-        dates = pd.to_datetime(values)
+        is_read = pd.api.types.is_datetime64_any_dtype(values)
+        dates = pd.to_datetime(values, format=None if is_read else "ISO8601")
     except (ValueError, TypeError) as error:
-        raise InputError(f"`{values.name}` must hold dates", error, "Write them as 2016-01-04.") from None
+        found = str(error).split(". ")[0][:120]
+        raise InputError(f"`{values.name}` must hold dates", found, "Write them as 2016-01-04.") from None
     if dates.isna().any():
         raise InputError(f"`{values.name}` must hold dates", f"{int(dates.isna().sum())} empty", "Fill or drop them.")
     return dates.dt.tz_localize(None).dt.normalize()

@@ -141,7 +141,7 @@ def choose_precision(
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return name
 
-# %% ../nbs/30_trainer.ipynb #dde2770e
+# %% ../nbs/30_trainer.ipynb #b56fe91e
 class Requests:
     "Events and requests of a trainer."
 
@@ -166,7 +166,7 @@ class Requests:
 
 def check_micro_batch(model: torch.nn.Module, micro_batch_size: int | None, global_batch_size: int) -> int:
     "Return the micro-batch size in effect; refuse one that would change the result."
-    size = min(micro_batch_size or global_batch_size, global_batch_size)
+    size = global_batch_size if micro_batch_size is None else min(micro_batch_size, global_batch_size)
     if size < 1:
         raise InputError("`micro_batch_size` must be ≥ 1", size, "Give a number of windows.")
     if size < global_batch_size and has_batchnorm(model):

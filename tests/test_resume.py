@@ -225,6 +225,7 @@ def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, 
     "As in a terminal: the line says how to go on, and that line works."
     run_dir, where = tmp_path / "run", ["--data-dir", str(data_dir)]
     words = ["train", "--config", "sp500_direction", "--budget", "300k", "--epochs", "2", "--run-dir", str(run_dir)]
+    words += ["--checkpoint-every-s", "0.1"]
     child = subprocess.Popen(
         [sys.executable, "-m", "finpatch", *words, *where, "--json"],
         stdout=subprocess.PIPE,
@@ -232,9 +233,8 @@ def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, 
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (run_dir / "run.json").exists() and time.monotonic() < deadline:
+    while not list(run_dir.glob("checkpoints/step-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.5)
     (run_dir / "STOP").write_text("") if ask == "STOP" else child.send_signal(ask)
     out, err = child.communicate(timeout=60)
     answer = json.loads(out)
