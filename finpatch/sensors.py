@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Sensor', 'PRESSURE', 'CPU_CHIPS', 'SW_THERMAL', 'HW_THERMAL', 'HW_SLOWDOWN', 'HW_BRAKE', 'OPENERS',
-           'Reading', 'grade', 'as_temp', 'refuse', 'open_macos', 'open_linux', 'throttle_level', 'open_nvidia',
-           'read_gpu', 'open_macmon', 'guard', 'merge', 'choose_sensor']
+           'Reading', 'as_temp', 'grade', 'refuse', 'open_macos', 'open_linux', 'throttle_level', 'read_gpu',
+           'open_nvidia', 'open_macmon', 'guard', 'merge', 'choose_sensor']
 
 # %% ../nbs/31b_sensors.ipynb #ad96b5d8
 import ctypes
@@ -21,7 +21,7 @@ import psutil
 from .core import HardwareError
 from .thermal_config import ThermalConfig
 
-# %% ../nbs/31b_sensors.ipynb #3569905c
+# %% ../nbs/31b_sensors.ipynb #517ca747
 LEVELS = ("unknown", "nominal", "fair", "serious", "critical")  # ascending
 
 
@@ -37,30 +37,30 @@ class Reading:
 
 Sensor = Callable[[], Reading]
 
+# %% ../nbs/31b_sensors.ipynb #15857160
+def as_temp(value: float | None) -> float | None:  # None where no chip can be so
+    "Return degrees, or None for what only a broken sensor shows."
+    return round(float(value), 1) if value is not None and 0 < value <= 150 else None
 
+# %% ../nbs/31b_sensors.ipynb #57a1cd60
 def grade(
     reading: Reading,
     config: ThermalConfig,
     margin_c: float = 0.0,  # Added to the degrees
 ) -> str:  # One of LEVELS
     "Return the level that was stated, else the one that the degrees amount to."
-    if reading.level != "unknown" or reading.temp_c is None:
+    if reading.level != "unknown" or (temp_c := as_temp(reading.temp_c)) is None:
         return reading.level
     limits = (config.fair_c, config.serious_c, config.critical_c)
-    return LEVELS[1 + sum(reading.temp_c + margin_c >= limit for limit in limits)]
+    return LEVELS[1 + sum(temp_c + margin_c >= limit for limit in limits)]
 
-
-def as_temp(value: float | None) -> float | None:  # None where no chip can be so
-    "Return degrees, or None for what a broken sensor shows: 0 and below, above 150, not a number."
-    return round(float(value), 1) if value is not None and 0 < value <= 150 else None
-
-# %% ../nbs/31b_sensors.ipynb #eb17c891
-PRESSURE = {0: "nominal", 1: "fair", 2: "serious", 3: "critical", 4: "critical"}
-
-
+# %% ../nbs/31b_sensors.ipynb #f9ca21aa
 def refuse(rule: str, found: object) -> None:
     "Raise for a sensor that is not here."
     raise HardwareError(rule, found, "`finpatch thermal` lists what can be read here.")
+
+# %% ../nbs/31b_sensors.ipynb #e8f44466
+PRESSURE = {0: "nominal", 1: "fair", 2: "serious", 3: "critical", 4: "critical"}
 
 
 def open_macos(
@@ -104,7 +104,7 @@ def open_linux(
 
     return read
 
-# %% ../nbs/31b_sensors.ipynb #075a1174
+# %% ../nbs/31b_sensors.ipynb #42d4e77e
 SW_THERMAL, HW_THERMAL, HW_SLOWDOWN, HW_BRAKE = 0x20, 0x40, 0x08, 0x80
 
 
@@ -115,7 +115,17 @@ def throttle_level(reasons: int) -> str:  # "unknown" where no reason is heat
         return "critical"
     return "serious" if reasons & SW_THERMAL else "unknown"
 
+# %% ../nbs/31b_sensors.ipynb #1e3627ea
+def read_gpu(nvml, handle, index: int) -> Reading:
+    "Read one GPU; reasons that its driver does not give are left out."
+    temp_c = as_temp(nvml.nvmlDeviceGetTemperature(handle, 0))  # 0: the GPU's own die
+    try:
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    except (nvml.NVMLError, AttributeError):
+        return Reading("unknown", temp_c, "nvidia", f"GPU {index}, no throttle reasons")
+    return Reading(throttle_level(reasons), temp_c, "nvidia", f"GPU {index}, reasons {reasons:#x}")
 
+# %% ../nbs/31b_sensors.ipynb #57df2862
 def open_nvidia(
     nvml=None,  # The module pynvml, or what behaves like it
 ) -> Sensor:
@@ -136,16 +146,6 @@ def open_nvidia(
 
     return read
 
-
-def read_gpu(nvml, handle, index: int) -> Reading:
-    "Read one GPU; reasons that its driver does not give are left out."
-    temp_c = as_temp(nvml.nvmlDeviceGetTemperature(handle, 0))  # 0: the GPU's own die
-    try:
-        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except (nvml.NVMLError, AttributeError):
-        return Reading("unknown", temp_c, "nvidia", f"GPU {index}, no throttle reasons")
-    return Reading(throttle_level(reasons), temp_c, "nvidia", f"GPU {index}, reasons {reasons:#x}")
-
 # %% ../nbs/31b_sensors.ipynb #80e1c368
 def open_macmon(which: Callable = shutil.which) -> Sensor:
     "Return a sensor of the hotter of CPU and GPU, by the program macmon."
@@ -162,22 +162,21 @@ def open_macmon(which: Callable = shutil.which) -> Sensor:
 
     return read
 
-# %% ../nbs/31b_sensors.ipynb #74db90eb
+# %% ../nbs/31b_sensors.ipynb #4d8fbdce
 def guard(sensor: Sensor, source: str) -> Sensor:
     "Return a sensor that answers `unknown`, with the reason, instead of raising."
 
     def read() -> Reading:
         try:
-            return sensor()
+            reading = sensor()
+            LEVELS.index(reading.level)
+            return replace(reading, temp_c=as_temp(reading.temp_c))
         except Exception as error:
             return Reading(source=source, detail=f"{type(error).__name__}: {error}")
 
     return read
 
-# %% ../nbs/31b_sensors.ipynb #7e32165b
-OPENERS = {"macos": open_macos, "nvidia": open_nvidia, "linux": open_linux, "macmon": open_macmon}
-
-
+# %% ../nbs/31b_sensors.ipynb #926d2280
 def merge(
     readings: list[Reading],
     config: ThermalConfig,
@@ -189,6 +188,9 @@ def merge(
     rank = lambda r: (LEVELS.index(grade(r, config)), r.temp_c or 0.0)
     best, worst = min(readings, key=rank), max(readings, key=rank)
     return best if rank(best)[0] == 0 and rank(worst)[0] < LEVELS.index("serious") else worst
+
+# %% ../nbs/31b_sensors.ipynb #fdb6e1ed
+OPENERS = {"macos": open_macos, "nvidia": open_nvidia, "linux": open_linux, "macmon": open_macmon}
 
 
 def choose_sensor(
