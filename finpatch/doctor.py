@@ -83,10 +83,10 @@ def probe_isolation(device: torch.device, make: Make) -> dict[str, object]:
     worst, where = max(rows)
     return {"is_ok": worst == 0, "worst": worst, "where": where if worst else "none", "n_changes": len(rows)}
 
-# %% ../nbs/23_doctor.ipynb #aa3ed29c
+# %% ../nbs/23_doctor.ipynb #88f5f75b
 def probe_dropout(device: torch.device, make: Make) -> dict[str, object]:
     "Show that dropout acts in train mode and only there."
-    worst, has_effect = (-1.0, "none"), True
+    worst, idle = (-1.0, "none"), []
     for case in (make_case(3, 64, dropout=0.5), make_case(3, 16, (60, 5), dropout=0.5, head_dropout=0.5)):
         reference, candidate, x = make_pair(case, make, device)
         with torch.no_grad():
@@ -94,9 +94,12 @@ def probe_dropout(device: torch.device, make: Make) -> dict[str, object]:
             for _ in range(3):
                 error, name = deviation(copy({"outputs in eval mode": candidate.eval()(x.to(device))}), want)
                 worst = max(worst, (error, f"{name} with dropout 0.5 ({case})"))
-            has_effect &= not torch.equal(candidate.train()(x.to(device)), candidate(x.to(device)))
-    where = worst[1] if worst[0] > TOLERANCE or has_effect else "dropout does nothing in train mode"
-    return {"is_ok": worst[0] <= TOLERANCE and has_effect, "worst": worst[0], "where": where, "has_effect": has_effect}
+            rows = torch.randn(3 * case.config.n_patches, case.config.d_model)
+            for part, given in ((candidate.train(), x.to(device)), (candidate.encoder[0].attention, rows.to(device))):
+                if torch.equal(part(given), part(given)):
+                    idle.append(f"dropout does nothing in {type(part).__name__} in train mode ({case})")
+    is_quiet = worst[0] <= TOLERANCE
+    return {"is_ok": is_quiet and not idle, "worst": worst[0], "where": idle[0] if is_quiet and idle else worst[1]}
 
 # %% ../nbs/23_doctor.ipynb #1249c21e
 def probe_determinism(device: torch.device, make: Make) -> dict[str, object]:
