@@ -82,6 +82,11 @@ class Batch(PatchTST):
         return y + 1e-6 * y.roll(1, 0)
 
 
+class BatchInTraining(Batch):
+    def forward(self, x):
+        return super().forward(x) if self.training else PatchTST.forward(self, x)
+
+
 class Channels(PatchTST):
     def forward(self, x):
         y = super().forward(x)
@@ -89,10 +94,11 @@ class Channels(PatchTST):
 
 
 class Unread(PatchTST):
-    "Reads the rows that no patch holds."
+    "Reads the rows that no patch holds, each channel its own."
 
     def forward(self, x):
-        return super().forward(x) + 1e-6 * x[:, 0].mean(-1).view(-1, *[1] * (2 if self.config.horizon else 1))
+        first = x[:, :1] if self.config.horizon else x[:, 0].mean(-1, keepdim=True)
+        return super().forward(x) + 1e-6 * first
 
 
 class CrossedGradient(torch.autograd.Function):
@@ -174,6 +180,7 @@ SIGHT = {  # what must see which fault
     "dropout left on": (with_attention(AlwaysDropped), "dropout"),
     "a leaking mask": (with_attention(LeakingMask), "isolation"),
     "mixed samples": (Batch, "isolation"),
+    "mixed samples in training": (BatchInTraining, "isolation"),
     "mixed channels": (Channels, "isolation"),
     "rows before the window": (Unread, "isolation"),
     "crossed gradients": (Crossed, "isolation"),
@@ -215,6 +222,19 @@ def test_frozen_batch_statistics_are_found():
     batchnorm = make_case(3, norm="batchnorm")
     assert not probe_parity(CPU, make_of(Frozen), (batchnorm,))["is_ok"]
     assert probe_parity(CPU, make_of(Frozen), FEW)["is_ok"]
+
+
+def test_an_optimiser_that_steps_otherwise_is_found(monkeypatch):
+    class Decays(torch.optim.AdamW):
+        n = 0
+
+        def __init__(self, params, **options):
+            Decays.n += 1  # the reference comes first, the candidate second
+            super().__init__(params, **options, weight_decay=0.01 if Decays.n % 2 else 1.0)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Decays)
+    report = probe_parity(CPU, make_of(PatchTST), FEW)
+    assert not report["is_ok"] and "after 3 steps" in report["where"] and report["gradients"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", [WrongScale, AlwaysDropped, LeakingMask])
