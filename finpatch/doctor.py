@@ -83,7 +83,7 @@ def probe_isolation(device: torch.device, make: Make) -> dict[str, object]:
     worst, where = max(rows)
     return {"is_ok": worst == 0, "worst": worst, "where": where if worst else "none", "n_changes": len(rows)}
 
-# %% ../nbs/23_doctor.ipynb #88f5f75b
+# %% ../nbs/23_doctor.ipynb #324b39b3
 def probe_dropout(device: torch.device, make: Make) -> dict[str, object]:
     "Show that dropout acts in train mode and only there."
     worst, idle = (-1.0, "none"), []
@@ -95,9 +95,11 @@ def probe_dropout(device: torch.device, make: Make) -> dict[str, object]:
                 error, name = deviation(copy({"outputs in eval mode": candidate.eval()(x.to(device))}), want)
                 worst = max(worst, (error, f"{name} with dropout 0.5 ({case})"))
             rows = torch.randn(3 * case.config.n_patches, case.config.d_model)
-            for part, given in ((candidate.train(), x.to(device)), (candidate.encoder[0].attention, rows.to(device))):
-                if torch.equal(part(given), part(given)):
-                    idle.append(f"dropout does nothing in {type(part).__name__} in train mode ({case})")
+            candidate.train()
+            parts = {"the embedding": (candidate.embed, x), "attention": (candidate.encoder[0].attention, rows)}
+            for part, (run, given) in parts.items():
+                if torch.equal(run(given.to(device)), run(given.to(device))):
+                    idle.append(f"dropout does nothing in {part} in train mode ({case})")
     is_quiet = worst[0] <= TOLERANCE
     return {"is_ok": is_quiet and not idle, "worst": worst[0], "where": idle[0] if is_quiet and idle else worst[1]}
 

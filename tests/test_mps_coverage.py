@@ -142,6 +142,12 @@ def test_what_mps_lacks_is_found_inside_a_training_step(name):
     assert {"op": op, "problem": problem} in findings
 
 
+def test_the_parts_of_a_composite_operation_are_judged_too():
+    with Coverage() as coverage:
+        torch._foreach_norm([torch.ones(3)])
+    assert kernel_for("_foreach_norm.Scalar") == "CompositeExplicitAutograd" and "linalg_vector_norm" in coverage.ops
+
+
 def test_an_optimiser_in_float64_is_found():
     model, coverage = torch.nn.Linear(2, 1).double(), Coverage()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
