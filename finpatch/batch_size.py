@@ -49,7 +49,7 @@ def memory_limit(
         return mem_cap_gib, "mem_cap"
     return gib * mem_fraction, source
 
-# %% ../nbs/34_batch_size.ipynb #8c9f912b
+# %% ../nbs/34_batch_size.ipynb #9be8545f
 RESOLUTION = 0.015
 
 
@@ -57,10 +57,11 @@ def predict_limit(
     good: list[Probe],  # Ascending
     limit_gib: float,
 ) -> float:  # n; infinite where the two say nothing
-    "Return where the line through the two largest fitting probes meets the limit."
-    if len(good) < 2 or good[-1].used_gib <= good[-2].used_gib:
+    "Return where the line through the largest fitting probe and one well below it meets the limit."
+    b = good[-1]
+    a = next((p for p in reversed(good) if 1.5 * p.micro_batch_size <= b.micro_batch_size), good[0])
+    if a.used_gib >= b.used_gib:
         return math.inf
-    a, b = good[-2:]
     slope = (b.used_gib - a.used_gib) / (b.micro_batch_size - a.micro_batch_size)
     return b.micro_batch_size + (limit_gib - b.used_gib) / slope
 
@@ -73,7 +74,7 @@ def step_back(
     "Go below a size that failed, three times as far as the line is off, at most to the middle of the bracket."
     return max((low * high) ** 0.5, high - max(RESOLUTION * low, 3 * (guess - high)))
 
-# %% ../nbs/34_batch_size.ipynb #79c0517b
+# %% ../nbs/34_batch_size.ipynb #e1dd4cab
 def next_size(
     probes: list[Probe],
     limit_gib: float,
@@ -90,7 +91,9 @@ def next_size(
         return min(16, max_micro_batch) if not probes else high // 4 or 1
     guess = predict_limit(good, limit_gib)
     if high > max_micro_batch:  # nothing failed yet
-        n = min(4 * low, max_micro_batch, guess)
+        n = min(4 * low, max_micro_batch, guess if guess >= low else low + 4 * unit)
+    elif guess < low:  # it fits where the line says that it cannot
+        n = (low + high) / 2
     else:
         n = guess if guess < high else step_back(guess, low, high)
     return int(min(max(n, low + unit), high - 1))
