@@ -145,7 +145,7 @@ def test_a_fit_at_the_answer_survives_and_one_above_does_not(largest, tmp_path):
 PARENT = """
 from finpatch.model_config import PatchTSTConfig
 from finpatch.probe import run_probe
-run_probe(PatchTSTConfig(n_features=20, context_length=60), 256, cap_gib=8)
+run_probe(PatchTSTConfig(n_features=20, context_length=60), 2048, cap_gib=8)  # long work, if let
 """
 
 
@@ -169,7 +169,7 @@ def test_the_child_ends_with_its_parent(kind, is_busy):
     os.kill(parent.pid, kind)
     assert parent.wait(60) != 0
     child_is_gone = lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    wait_for(child_is_gone)
+    wait_for(child_is_gone, timeout_s=6)  # far less than its work would take
 
 
 def test_the_kernels_killer_means_that_it_did_not_fit():
