@@ -29,6 +29,7 @@ N_PATCHES_CONFIG = {
     "stride": 1,
 }  # much memory, little arithmetic
 CONFIG = PatchTSTConfig(**N_PATCHES_CONFIG, d_model=16, n_heads=8, n_layers=3, d_ff=16)
+pytestmark = pytest.mark.timeout(900)  # each probe loads torch anew, which takes long on a busy machine
 needs_limit = pytest.mark.skipif(not HAS_DATA_LIMIT, reason="RLIMIT_DATA is enforced on Linux only")
 
 
