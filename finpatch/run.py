@@ -6,7 +6,7 @@
 __all__ = ['log', 'SAME', 'Job', 'prepare', 'execute', 'train_run', 'override', 'Run', 'load_run', 'check_same',
            'is_same_machine', 'resume_run', 'newest_unfinished']
 
-# %% ../nbs/42_run.ipynb #042df21b
+# %% ../nbs/42_run.ipynb #718278f9
 import json
 import logging
 import shutil
@@ -29,6 +29,7 @@ from .lock import exclusive
 from .patchtst import PatchTST, PatchTSTConfig
 from .record import check_files, make_record, new_run_dir, open_run_dir, recorded, weights_sha256
 from .targets import Task
+from .thermal import ThermalCallback
 from .trainer import Trainer
 
 log = logging.getLogger("finpatch")
@@ -63,18 +64,20 @@ def prepare(
     record["config"] = json.loads(json.dumps(plain(config), default=str))
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #fabcec9d
+# %% ../nbs/42_run.ipynb #b5354996
 def execute(
     job: Job,
     run_dir: Path,
     is_progress_shown: bool = True,
     checkpoint_every_s: float = 60.0,
+    is_cooled: bool = True,  # Watch the temperature
     callbacks: tuple = (),  # Besides those of an ordinary run
 ) -> Path:
     "Train until the end or a pause, and judge what was finished."
     began, optim, folder = time.monotonic(), job.config.optim, run_dir / "checkpoints"
     check_disk(job.record["n_params"], run_dir)
-    appended = (run_dir / "metrics.jsonl",)
+    appended = (run_dir / "metrics.jsonl", run_dir / "thermal.jsonl")
+    callbacks = [*callbacks, ThermalCallback(path=appended[1])] if is_cooled else callbacks
     kept = [PauseOnSignal(run_dir / "STOP"), Checkpoint(folder, checkpoint_every_s, appended), *callbacks]
     options = {"seed": job.config.seed, "device": job.device, "micro_batch_size": job.record["micro_batch_size"]}
     callbacks = default_callbacks(run_dir, optim, is_progress_shown) + kept
@@ -92,7 +95,7 @@ def execute(
     shutil.rmtree(folder, ignore_errors=True)  # the best and the last weights stay
     return run_dir
 
-# %% ../nbs/42_run.ipynb #1f35d6e7
+# %% ../nbs/42_run.ipynb #ed06d263
 def train_run(
     config: ExperimentConfig | str | Path,  # An experiment, its shipped name, or a path
     budget: str,  # "2m", "20m", "200m" or any other size
@@ -104,7 +107,7 @@ def train_run(
     device: str = "auto",
     micro_batch_size: int | None = None,  # Windows in memory at once; None: the whole step
     is_progress_shown: bool = True,
-    **options: object,  # `checkpoint_every_s` and `callbacks` of `execute`
+    **options: object,  # `checkpoint_every_s`, `is_cooled` and `callbacks` of `execute`
 ) -> Path:  # The run folder
     "Train one budget on one experiment and store everything the result rests on."
     if not isinstance(config, ExperimentConfig):
@@ -192,12 +195,12 @@ def is_same_machine(old: dict, new: dict) -> bool:
         log.warning("resumed elsewhere, so not bit for bit: %s", ", ".join(differing))
     return not differing
 
-# %% ../nbs/42_run.ipynb #930963d2
+# %% ../nbs/42_run.ipynb #0be0b7cc
 def resume_run(
     run_dir: Path | str,
     data_dir: Path | str = "data",
     is_progress_shown: bool = True,
-    **options: object,  # `checkpoint_every_s` and `callbacks` of `execute`
+    **options: object,  # `checkpoint_every_s`, `is_cooled` and `callbacks` of `execute`
 ) -> Path:
     "Go on with a run that was stopped or killed; raise where it would no longer be the same run."
     run_dir = Path(run_dir)

@@ -72,7 +72,7 @@ def wait_for_device() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
-# %% ../nbs/32_thermal.ipynb #93721ae4
+# %% ../nbs/32_thermal.ipynb #baba69ab
 class Brake:
     "Apply the policy: sleep until the run may go on."
 
@@ -95,7 +95,7 @@ class Brake:
             rest = {"slow": worked * (1 / self.config.duty - 1), "pause": math.inf}.get(self.action, 0.0)
             left = began + rest - now
             if self.action == "stop" and not trainer.is_over:
-                trainer.request_stop("thermal")
+                trainer.request_pause("thermal")
             if trainer.is_over or left < 1e-4:
                 break
             self.sleep(min(left, 1.0))

@@ -19,8 +19,8 @@ from .core import HardwareError, InputError, nearest
 from .dataset import FinancialDataset
 from .experiment import OptimConfig
 
-# %% ../nbs/30_trainer.ipynb #39ad9f16
-EVENTS = ("before_fit", "before_epoch", "before_step", "after_step", "after_epoch", "after_fit")
+# %% ../nbs/30_trainer.ipynb #8ba69cc8
+EVENTS = ("before_fit", "before_epoch", "before_step", "after_micro_batch", "after_step", "after_epoch", "after_fit")
 
 
 class Callback:
@@ -31,6 +31,7 @@ class Callback:
     def before_fit(self, trainer): ...
     def before_epoch(self, trainer): ...
     def before_step(self, trainer): ...
+    def after_micro_batch(self, trainer): ...
     def after_step(self, trainer): ...
     def after_epoch(self, trainer): ...
     def after_fit(self, trainer): ...
@@ -72,7 +73,7 @@ def has_batchnorm(model: torch.nn.Module) -> bool:
     "Does a layer see the whole batch?"
     return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
-# %% ../nbs/30_trainer.ipynb #f0da9a51
+# %% ../nbs/30_trainer.ipynb #abbbbd76
 def train_step(
     trainer: "Trainer",
     samples: torch.Tensor,  # (B,) places in the dataset's table
@@ -90,6 +91,7 @@ def train_step(
         loss = (loss if weights is None else loss * weights[i : i + size]).sum() / len(samples)
         loss.backward()
         total = total + loss.detach()
+        trainer.emit("after_micro_batch")
     update(trainer)
     return total
 

@@ -69,7 +69,7 @@ class Machine:
     def make_reader(self, *_):
         return SimpleNamespace(latest=self.latest, first=self.latest, end=lambda: None)
 
-    def request_stop(self, reason):
+    def request_pause(self, reason):
         self.stop_reason = self.stop_reason or reason
 
     @property
@@ -349,7 +349,7 @@ def test_a_request_to_stop_ends_a_pause():
     heat = machine.callback(ThermalConfig())
     heat.before_fit(machine)
     calls = iter(range(10))
-    heat.brake.sleep = lambda s: (machine.sleep(s), next(calls) == 3 and machine.request_stop("signal"))
+    heat.brake.sleep = lambda s: (machine.sleep(s), next(calls) == 3 and machine.request_pause("signal"))
     machine.now += 1
     heat.after_step(machine)
     assert machine.stop_reason == "signal" and machine.now == pytest.approx(5)
