@@ -206,10 +206,16 @@ ALONE = set(SIGHT) - {"a wrong scale", "a deaf model", "wrong in train mode", "w
 def test_each_fault_is_seen_by_the_probe_that_is_there_for_it_and_refused(fault):
     factory, probe = SIGHT[fault]
     certificate = certify(CPU, factory, cases=FEW)
-    assert not certificate[probe]["is_ok"] and not certificate["is_ok"] and set(certificate["faults"]) == {"fused", "plain"}
+    assert (
+        not certificate[probe]["is_ok"]
+        and not certificate["is_ok"]
+        and set(certificate["faults"]) == {"fused", "plain"}
+    )
     if fault in ALONE:  # too small for parity, or of no matter to it: one probe's word must be enough
         assert [k for k in ("parity", "isolation", "dropout") if not certificate[k]["is_ok"]] == [probe]
-    with pytest.raises(HardwareError, match="cpu must compute what the CPU computes; got .*, also without fused attention"):
+    with pytest.raises(
+        HardwareError, match="cpu must compute what the CPU computes; got .*, also without fused attention"
+    ):
         check_certificate(certificate)
 
 
@@ -253,7 +259,9 @@ def test_a_broken_fused_kernel_falls_back_to_the_plain_path(kind, tmp_path):
 
 def test_a_refusal_leaves_a_certificate_and_says_why(tmp_path):
     path = tmp_path / "device.json"
-    with pytest.raises(HardwareError, match=r"got parity: NotImplementedError: The operator 'aten::bmm' .*\. Install torch"):
+    with pytest.raises(
+        HardwareError, match=r"got parity: NotImplementedError: The operator 'aten::bmm' .*\. Install torch"
+    ):
         trust(CPU, path, factory=Unsupported, cases=FEW)
     found = read_json(path)
     assert not found["is_ok"] and "More lines" not in to_json(found)
@@ -327,7 +335,11 @@ def test_a_dtype_that_works_badly_or_not_at_all_is_recorded_without_a_refusal():
 
     certificate = certify(CPU, Coarse, cases=FEW)
     assert certificate["is_ok"]
-    assert {k: v["is_ok"] for k, v in certificate["dtypes"].items()} == {"float32": True, "bfloat16": False, "float64": False}
+    assert {k: v["is_ok"] for k, v in certificate["dtypes"].items()} == {
+        "float32": True,
+        "bfloat16": False,
+        "float64": False,
+    }
     assert "float64" in certificate["dtypes"]["float64"]["why"]
 
 

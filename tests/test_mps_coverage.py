@@ -43,7 +43,9 @@ class CoverStep(Callback):
 
 
 def small(**options) -> PatchTSTConfig:
-    return PatchTSTConfig(n_features=3, context_length=33, stride=7, d_model=16, n_heads=2, n_layers=2, d_ff=32, **options)
+    return PatchTSTConfig(
+        n_features=3, context_length=33, stride=7, d_model=16, n_heads=2, n_layers=2, d_ff=32, **options
+    )
 
 
 def cover(model_config: PatchTSTConfig, kind: str = "binary", optim: OptimConfig = OPTIM, model=None) -> Coverage:

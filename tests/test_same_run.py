@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from finpatch.core import InputError, NotFoundError, RuleError, read_json
+from finpatch.dataset import FinancialDataset
 from finpatch.experiment import load_experiment_config
 from finpatch.features import build_dataset
 from finpatch.forecast import predict

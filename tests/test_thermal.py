@@ -141,12 +141,18 @@ def test_hotter_is_never_milder_and_critical_acts_at_once(past, pair, gap, confi
     cool, hot = (decide(state, Reading(temp_c=c), now + gap, config) for c in sorted(pair))
     assert SEVERITY.index(cool[1]) <= SEVERITY.index(hot[1])
     assert LEVELS.index(cool[0].level) <= LEVELS.index(hot[0].level)
-    assert hot[0].level != "unknown" and LEVELS.index(hot[0].level) >= LEVELS.index(grade(Reading(temp_c=max(pair)), config))
+    assert hot[0].level != "unknown" and LEVELS.index(hot[0].level) >= LEVELS.index(
+        grade(Reading(temp_c=max(pair)), config)
+    )
     assert decide(state, Reading("critical"), now + gap, config)[1] in ("pause", "stop")
 
 
 @settings(max_examples=200, deadline=None)
-@given(past=st.lists(st.tuples(readings, st.floats(0.01, 40)), max_size=40), gaps=st.lists(st.floats(0.01, 2000), min_size=1, max_size=20), config=configs)
+@given(
+    past=st.lists(st.tuples(readings, st.floats(0.01, 40)), max_size=40),
+    gaps=st.lists(st.floats(0.01, 2000), min_size=1, max_size=20),
+    config=configs,
+)
 def test_an_unknown_reading_neither_cools_nor_ends_a_run(past, gaps, config):
     state, now, action = ThermalState(), 0.0, "run"
     for reading, step in past:
@@ -164,7 +170,6 @@ def test_an_unknown_reading_neither_cools_nor_ends_a_run(past, gaps, config):
         action = new
 
 
-
 ACTS = {  # each setting, another value, and degrees that tell the two apart
     "fair_c": (60.0, [65, 65]),
     "serious_c": (80.0, [82, 82]),
@@ -177,7 +182,9 @@ ACTS = {  # each setting, another value, and degrees that tell the two apart
 }
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ThermalConfig) if f.name not in ("duty", "required")])
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(ThermalConfig) if f.name not in ("duty", "required")]
+)
 def test_every_threshold_acts(field):
     base = {"dwell_s": 15.0, "stop_after_s": 10.0}
     value, temps = ACTS[field]
@@ -255,7 +262,12 @@ def test_pauses_change_nothing_but_the_clock(tmp_path):
     temps = [60.0, 75.0, 75.0, 90.0, 90.0, 60.0, 60.0]
     count = iter(range(10**9))
     config = ThermalConfig(interval_s=0.005, dwell_s=0.005, duty=0.5)
-    heat = ThermalCallback(lambda: Reading(temp_c=temps[next(count) % 7]), config, path=tmp_path / "thermal.jsonl", sleep=lambda s: time.sleep(min(s, 0.002)))
+    heat = ThermalCallback(
+        lambda: Reading(temp_c=temps[next(count) % 7]),
+        config,
+        path=tmp_path / "thermal.jsonl",
+        sleep=lambda s: time.sleep(min(s, 0.002)),
+    )
     hot, cool = fit(heat), fit()
     assert heat.lost_s > 0 and "pause" in {r["action"] for r in read_trace(tmp_path / "thermal.jsonl")}
     assert all(torch.equal(v, weights(hot)[k]) for k, v in weights(cool).items())
@@ -289,7 +301,9 @@ def test_a_failing_sensor_never_ends_a_run_and_is_said_once(caplog):
     assert not heat_threads()
 
 
-@pytest.mark.parametrize("answer", [None, "hot", Reading(level="boiling"), Reading(temp_c="hot"), Reading(temp_c=float("nan"))])
+@pytest.mark.parametrize(
+    "answer", [None, "hot", Reading(level="boiling"), Reading(temp_c="hot"), Reading(temp_c=float("nan"))]
+)
 def test_nonsense_from_a_sensor_is_unknown(answer):
     heat = ThermalCallback(lambda: answer)
     assert fit(heat, epochs=1).stop_reason is None
@@ -380,7 +394,9 @@ def test_macos_pressure_through_real_ctypes_calls():
         return store["status"] if token == 41 else 99
 
     lib = SimpleNamespace(
-        notify_register_check=ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int))(register),
+        notify_register_check=ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int))(
+            register
+        ),
         notify_get_state=ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))(get_state),
     )
     read = open_macos(lib)
@@ -415,8 +431,17 @@ def test_choosing_survives_every_way_to_fail():
     def gone():
         raise OSError("driver gone")
 
-    broken = {"a": raises(ImportError("no module")), "b": raises(OSError("no library")), "c": lambda: gone, "d": lambda: lambda: None}
+    broken = {
+        "a": raises(ImportError("no module")),
+        "b": raises(OSError("no library")),
+        "c": lambda: gone,
+        "d": lambda: lambda: None,
+    }
     reading = choose_sensor(ThermalConfig(), broken)()
     assert (reading.level, reading.temp_c, reading.source) == ("unknown", None, "none")
-    assert all(reason in reading.detail for reason in ("a: no module", "b: no library", "c: OSError: driver gone", "d: "))
-    assert choose_sensor(ThermalConfig(), broken | {"e": lambda: lambda: Reading(temp_c=40.0, source="e")})().source == "e"
+    assert all(
+        reason in reading.detail for reason in ("a: no module", "b: no library", "c: OSError: driver gone", "d: ")
+    )
+    assert (
+        choose_sensor(ThermalConfig(), broken | {"e": lambda: lambda: Reading(temp_c=40.0, source="e")})().source == "e"
+    )
