@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'data_fetch', 'data_build', 'verify', 'budget', 'train', 'check_train_words', 'train_answer', 'predict',
-           'evaluate', 'audit', 'list_run', 'runs', 'doctor', 'thermal', 'batch_size']
+           'evaluate', 'audit', 'list_run', 'runs', 'doctor', 'thermal']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
 import argparse
@@ -196,16 +196,3 @@ def thermal(args: argparse.Namespace) -> Answer:
         if args.watch:
             print(f"{row['level']:>9} {degrees:>8}  {row['source']}", file=sys.stderr, flush=True)
     return Answer(row, f"{row['level']} {degrees} from {row['source']}: {row['detail']}")
-
-# %% ../nbs/49_answers.ipynb #58fe1847
-def batch_size(args: argparse.Namespace) -> Answer:
-    "Find the largest micro-batch that is safe and the smallest that is fast."
-    from finpatch.batch_size import find_batch_size
-
-    def show(probe: object) -> None:
-        print(f"probed {probe}", file=sys.stderr, flush=True)
-
-    options = {"device": args.device, "mem_fraction": args.mem_fraction, "mem_cap_gib": args.mem_cap}
-    result = find_batch_size(args.budget, on_probe=show, **options)
-    head = f"recommended {result['recommended']}: fast from {result['knee']}, safe up to {result['largest_safe']} windows"
-    return Answer(result, f"{head} in {result['limit_gib']:.2f} GiB ({result['limit_source']})")

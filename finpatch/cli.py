@@ -95,18 +95,13 @@ def add_use(parent) -> None:
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
     add(parent, "runs", answers.runs, "finpatch runs")
 
-# %% ../nbs/50_cli.ipynb #cd94a830
+# %% ../nbs/50_cli.ipynb #d57fb9a4
 def add_machine(parent) -> None:
-    "Add `doctor`, `thermal` and `batch-size`."
+    "Add `doctor` and `thermal`."
     p = add(parent, "doctor", answers.doctor, "finpatch doctor --device cpu")
     p.add_argument("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
     p = add(parent, "thermal", answers.thermal, "finpatch thermal --watch")
     p.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
-    p = add(parent, "batch-size", answers.batch_size, "finpatch batch-size --budget 20m --mem-cap 3")
-    p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
-    p.add_argument("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
-    p.add_argument("--mem-fraction", type=float, default=0.8, metavar="X", help="share of the memory to use (default: 0.8)")
-    p.add_argument("--mem-cap", type=float, metavar="GIB", help="use at most this much, GiB")
 
 # %% ../nbs/50_cli.ipynb #62d8b4b9
 def make_parser() -> Parser:

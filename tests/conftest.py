@@ -17,3 +17,13 @@ def device(request) -> torch.device:
 
 def pytest_report_header(config):
     return f"torch {torch.__version__}, MPS {'tested' if torch.backends.mps.is_available() else 'not here: skipped'}"
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    "The number of threads decides the last bits: a test that changes it puts it back."
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"a test left {after} threads instead of {before}"
