@@ -1,6 +1,6 @@
 """G1, no look-ahead. Risk: a feature that knows Friday's close on Monday makes every later number worthless.
 
-Truncation and corruption on real data at 200 random cuts and around short weeks; the planted leaks of STATISTICS 10;
+Truncation and corruption on real data at 200 random cuts and around short weeks; planted leaks;
 weekly values against a second implementation; and features that survive a bad vendor.
 """
 
@@ -122,7 +122,7 @@ def test_weeks_of_a_market_that_never_closes():
 
 
 def test_a20_is_the_table_of_definitions(bars):
-    "FACTS 3 spelled out with TA-Lib and pandas, without any of our helpers."
+    "The table of definitions spelled out with TA-Lib and pandas, without any of our helpers."
     h, l, c, v = (bars[name].to_numpy() for name in [*PRICES[1:], "Volume"])
     x = {f"dema_{n}_gap": np.log(c / talib.DEMA(c, n)) for n in (9, 10, 20, 25, 90)}
     x |= {f"sma_{n}_gap": np.log(c / talib.SMA(c, n)) for n in (12, 50, 100, 200)}

@@ -80,7 +80,7 @@ def test_unscaled_prices_only(sp500):
 
 
 def test_known_answers_on_real_data(sp500):
-    "STATISTICS 5: the base rate of threshold_1pct falls from 0.240 to 0.119 between training and the last 15 %."
+    "The base rate of threshold_1pct falls from 0.240 to 0.119 between training and the last 15 %."
     y = Task("threshold_1pct").labels(sp500).iloc[400:]
     assert round(y.iloc[: int(0.70 * len(y))].mean(), 3) == 0.240
     assert round(y.iloc[int(0.85 * len(y)) :].mean(), 3) in (0.119, 0.120)
