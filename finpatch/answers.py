@@ -71,7 +71,7 @@ def budget(args: argparse.Namespace) -> Answer:
     ]
     return Answer(rows, "\n".join([head, *lines]))
 
-# %% ../nbs/49_answers.ipynb #0e65c7d8
+# %% ../nbs/49_answers.ipynb #bec049fe
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget, or go on with a run that was stopped, and show the result."
     from finpatch.experiment import load_experiment_config
@@ -97,7 +97,7 @@ def check_train_words(args: argparse.Namespace) -> None:
     if not args.resume and not (args.config and args.budget):
         args.parser.error("the following arguments are required: --config, --budget")
 
-
+# %% ../nbs/49_answers.ipynb #20c0ed8f
 def train_answer(run_dir: Path) -> Answer:
     "Say how a run ended: finished with its result, or stopped and resumable."
     from finpatch.core import read_json
