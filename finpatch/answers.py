@@ -25,7 +25,7 @@ class Answer:
     ):
         self.value, self.text, self.status = {"schema_version": 1} | value, text, status
 
-# %% ../nbs/49_answers.ipynb #677a9fe2
+# %% ../nbs/49_answers.ipynb #6ecb374a
 def data_fetch(args: argparse.Namespace) -> Answer:
     "Fetch, check and register daily bars."
     from finpatch.market import fetch_ohlcv
@@ -55,6 +55,8 @@ def verify(args: argparse.Namespace) -> Answer:
     n = sum(len(check_manifest(args.data_dir, kind)[0]) for kind in KINDS)
     lines = [f"{f['path']}: {f['problem']}; expected {f['expected']}, found {f['found']}" for f in findings]
     head = f"{n} entries verified: " + (f"{len(findings)} findings" if findings else "all as registered")
+    if not n and not findings:
+        head = f"nothing is registered in {args.data_dir}; start with `finpatch data fetch SP500`"
     return Answer({"ok": not findings, "n_entries": n, "findings": findings}, "\n".join([head, *lines]), int(bool(findings)))
 
 # %% ../nbs/49_answers.ipynb #98482ddd
@@ -97,7 +99,7 @@ def check_train_words(args: argparse.Namespace) -> None:
     if not args.resume and not (args.config and args.budget):
         args.parser.error("the following arguments are required: --config, --budget")
 
-# %% ../nbs/49_answers.ipynb #20c0ed8f
+# %% ../nbs/49_answers.ipynb #33480202
 def train_answer(run_dir: Path) -> Answer:
     "Say how a run ended: finished with its result, or stopped and resumable."
     from finpatch.core import read_json
@@ -105,7 +107,7 @@ def train_answer(run_dir: Path) -> Answer:
 
     if not (run_dir / "result.json").exists():
         record = read_json(run_dir / "run.json")
-        value = {"run_dir": str(run_dir), "resumed_from_step": None} | {
+        value = {"run_dir": str(run_dir), "resumed_from_step": record.get("resumed_from_step")} | {
             "status": "stopped", "stop_reason": record["stop_reason"], "n_steps": record["step"], "n_params": record["n_params"]
         }
         again = f"finpatch train --resume --run-dir {run_dir}"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from .core import HardwareError, InputError, RuleError, atomic_path, file_digest, json_digest, read_json, write_json
 from .trainer import Callback, Trainer
 
-# %% ../nbs/31a_checkpoint.ipynb #f54861b4
+# %% ../nbs/31a_checkpoint.ipynb #70c6dbf2
 NUMBERS = ("step", "epoch", "epoch_step", "best_epoch", "best_val_loss")
 
 
@@ -30,7 +30,8 @@ def capture_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:  # On the CPU,
     out = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     for i, state in trainer.optimizer.state_dict()["state"].items():
         out |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    out |= {"epoch_loss": trainer.epoch_loss, "rng.cpu": torch.get_rng_state()}
+    out |= {"epoch_loss": trainer.epoch_loss, "first_bad": trainer.first_bad, "rng.cpu": torch.get_rng_state()}
+    out["lr"] = torch.tensor([group["lr"] for group in trainer.optimizer.param_groups], dtype=torch.float64)
     if trainer.device.type in ("cuda", "mps"):
         out["rng.device"] = getattr(torch, trainer.device.type).get_rng_state()
     return {k: v.detach().cpu().contiguous() for k, v in out.items()}
@@ -45,7 +46,9 @@ def restore_tensors(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
         i, _, key = name.partition(".")
         state["state"].setdefault(int(i), {})[key] = value
     trainer.optimizer.load_state_dict(state)
-    trainer.epoch_loss = tensors["epoch_loss"].to(trainer.device)
+    trainer.epoch_loss, trainer.first_bad = (tensors[k].to(trainer.device) for k in ("epoch_loss", "first_bad"))
+    for group, lr in zip(trainer.optimizer.param_groups, tensors["lr"].tolist(), strict=True):
+        group["lr"] = lr
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.device" in tensors:
         getattr(torch, trainer.device.type).set_rng_state(tensors["rng.device"])

@@ -74,11 +74,10 @@ def check_options(config: "PatchTSTConfig") -> None:
         found, remedy = f"both ({c.horizon}, {c.n_outputs})", "Set `n_outputs` for logits, `horizon` to forecast."
         raise InputError("`horizon` and `n_outputs` exclude each other", found, remedy)
 
-# %% ../nbs/13b_model_config.ipynb #2536f18a
+# %% ../nbs/13b_model_config.ipynb #ea227839
 @dataclass(frozen=True, kw_only=True)
 class PatchTSTConfig:
     "Architecture of one PatchTST; every field changes the model."
-
     n_features: int  # F, columns of the input
     context_length: int  # T, rows of the input, in sessions
     patch_length: int = 10  # P, rows of one patch

@@ -138,8 +138,8 @@ def weights_sha256(path: Path | str) -> str:
         digest.update(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"), copy=False)).tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/41a_record.ipynb #ee47f778
-ENDING = ("status", "error", "ended_utc", "stop_reason", "step")  # What the end of a run writes into its record
+# %% ../nbs/41a_record.ipynb #5a9db7f0
+ENDING = ("status", "error", "ended_utc", "stop_reason", "step", "resumed_from_step")  # What the end of a run writes into its record
 
 
 def digest_files(run_dir: Path) -> dict[str, str | None]:  # File name -> SHA-256, None where there is no file

@@ -64,7 +64,7 @@ def prepare(
     record["config"] = json.loads(json.dumps(plain(config), default=str))
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #b5354996
+# %% ../nbs/42_run.ipynb #19e16c79
 def execute(
     job: Job,
     run_dir: Path,
@@ -87,6 +87,7 @@ def execute(
         trainer.fit()
         if trainer.is_paused:
             ended |= {"status": "stopped", "stop_reason": trainer.stop_reason, "step": trainer.step}
+            ended["resumed_from_step"] = resumed_from or None
             return run_dir
         result = finish(run_dir, trainer, job.config, job.budget, job.data_dir, resumed_from or None)
         result |= {k: job.record[k] for k in ("n_params", "n_windows")} | {"wall_s": time.monotonic() - began}

@@ -27,3 +27,15 @@ def same_threads():
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before, f"a test left {after} threads instead of {before}"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    "A data folder with the embedded SP500, tier a20; one for each file of tests."
+    from finpatch.features import build_dataset
+    from finpatch.market import fetch_ohlcv
+
+    path = tmp_path_factory.mktemp("data")
+    fetch_ohlcv("SP500", data_dir=path)
+    build_dataset("SP500", "a20", data_dir=path)
+    return path

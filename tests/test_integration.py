@@ -11,17 +11,8 @@ from finpatch.dataset import FinancialDataset, load_dataset, n_windows
 from finpatch.device import check_parity, probe
 from finpatch.experiment import load_experiment_config
 from finpatch.features import build_dataset
-from finpatch.market import fetch_ohlcv
 from finpatch.patchtst import PatchTST
 from finpatch.trainer import predict_logits
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    fetch_ohlcv("SP500", data_dir=path)
-    build_dataset("SP500", "a20", data_dir=path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -19,21 +19,11 @@ import pytest
 from finpatch.checkpoint import Checkpoint
 from finpatch.core import InputError, NotFoundError, read_json
 from finpatch.experiment import load_experiment_config
-from finpatch.features import build_dataset
-from finpatch.market import fetch_ohlcv
 from finpatch.run import newest_unfinished, override, resume_run, train_run
 from finpatch.trainer import Callback
 
 CONFIG = override(load_experiment_config("sp500_direction"), epochs=3, lr=3e-4)
 SAME = ("weights_sha256", "best_weights_sha256", "n_steps", "best_epoch", "stop_reason", "val", "test")
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    fetch_ohlcv("SP500", data_dir=path)
-    build_dataset("SP500", "a20", data_dir=path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +105,15 @@ def stopped(data_dir, tmp_path):
     path = train_run(CONFIG, "10k", run_dir=tmp_path / "runs" / "run", callbacks=callbacks, **options)
     resume_run(path, callbacks=(PauseAt(60),), **options)
     return path
+
+
+@pytest.mark.parametrize("step", [36, 37, 38, 74])
+def test_a_stop_at_the_end_of_an_epoch_changes_nothing(step, data_dir, whole, tmp_path):
+    "37 steps an epoch: the epoch is complete, its metrics and weights are not written yet."
+    options = {"data_dir": data_dir, "is_progress_shown": False}
+    path = train_run(CONFIG, "10k", run_dir=tmp_path / "run", callbacks=(PauseAt(step),), **options)
+    resume_run(path, **options)
+    assert_same(path, whole)
 
 
 def newest(run_dir):

@@ -16,22 +16,12 @@ import torch
 from finpatch.core import InputError, NotFoundError, RuleError, read_json
 from finpatch.dataset import FinancialDataset
 from finpatch.experiment import load_experiment_config
-from finpatch.features import build_dataset
 from finpatch.forecast import predict
 from finpatch.manifest import load_frame, store_processed
-from finpatch.market import fetch_ohlcv
 from finpatch.run import load_run, make_model, override, train_run
 from finpatch.trainer import Trainer, predict_logits
 
 QUICK = override(load_experiment_config("sp500_direction"), max_steps=6)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    fetch_ohlcv("SP500", data_dir=path)
-    build_dataset("SP500", "a20", data_dir=path)
-    return path
 
 
 def digest(config, data_dir, run_dir) -> str:
