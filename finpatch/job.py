@@ -102,7 +102,7 @@ def judge(
     looks = record_look(Path(data_dir) / "ledger.jsonl", span_digest(predictions), what)
     return result | {"n_test_looks": looks}
 
-# %% ../nbs/41b_job.ipynb #51b30737
+# %% ../nbs/41b_job.ipynb #6d5018f9
 def plot_learning_curve(
     run_dir: Path | str,
     unit: str = "loss",  # Label of the vertical axis
@@ -112,7 +112,7 @@ def plot_learning_curve(
 
     rows = pd.read_json(Path(run_dir) / "metrics.jsonl", lines=True)
     figure = Figure(figsize=(6, 3.2), layout="constrained")
-    ax, epoch = figure.subplots(), rows["epoch"] + 1
+    ax, epoch = figure.subplots(), rows["epoch"]
     ax.plot(epoch, rows["train_loss"], color="#0072B2", marker="o", ms=3, label="training")
     ax.plot(epoch, rows["val_loss"], color="#D55E00", marker="o", ms=3, label="validation")
     best = rows["val_loss"].idxmin()
@@ -132,7 +132,7 @@ def draw(run_dir: Path, kind: str) -> None:
     except Exception as error:
         log.warning("no learning curve in %s: %s: %s", run_dir, type(error).__name__, error)
 
-# %% ../nbs/41b_job.ipynb #2d340b65
+# %% ../nbs/41b_job.ipynb #7ee0d86e
 def finish(
     run_dir: Path,
     trainer: Trainer,
@@ -150,7 +150,7 @@ def finish(
     return {
         "schema_version": 1, "run_dir": str(run_dir), "status": "done",
         "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
-        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch,
+        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch + 1,
         "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed, **result,
         "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
         "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
