@@ -7,6 +7,7 @@ nobody touched. Requests to stop, damaged checkpoints and changed circumstances 
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -17,9 +18,10 @@ import time
 import pytest
 
 from finpatch.checkpoint import Checkpoint
+from finpatch.cli import main
 from finpatch.core import InputError, NotFoundError, read_json
 from finpatch.experiment import load_experiment_config
-from finpatch.run import newest_unfinished, override, resume_run, train_run
+from finpatch.run import load_run, newest_unfinished, override, resume_run, train_run
 from finpatch.trainer import Callback
 
 CONFIG = override(load_experiment_config("sp500_direction"), epochs=3, lr=3e-4)
@@ -107,13 +109,67 @@ def stopped(data_dir, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("step", [35, 36, 37, 72])
+@pytest.mark.parametrize("step", [35, 36, 37, 108])
 def test_a_stop_at_the_end_of_an_epoch_changes_nothing(step, data_dir, whole, tmp_path):
-    "36 steps an epoch: the epoch is complete, its metrics and weights are not written yet."
+    "36 steps an epoch, 108 in all: the epoch is complete, its metrics and weights are not written yet."
     options = {"data_dir": data_dir, "is_progress_shown": False}
     path = train_run(CONFIG, "10k", run_dir=tmp_path / "run", callbacks=(PauseAt(step),), **options)
     resume_run(path, **options)
     assert_same(path, whole)
+
+
+class PauseIn(Callback):
+    "Ask for a pause when an event comes for the n-th time."
+
+    order = 1
+
+    def __init__(self, event, n):
+        self.n = n
+        setattr(self, event, self.count)
+
+    def count(self, trainer):
+        self.n -= 1
+        if self.n == 0:
+            trainer.request_pause("asked")
+
+
+def test_a_stop_inside_a_step_a_validation_or_the_last_one_changes_nothing(data_dir, tmp_path):
+    "Two micro-batches a step, four batches a validation; with dropout, whose draws a step taken anew must repeat."
+    config, options = override(CONFIG, epochs=2), {"data_dir": data_dir, "is_progress_shown": False}
+    begin = lambda name, **more: train_run(
+        config, "5k", run_dir=tmp_path / name, micro_batch_size=32, **options, **more
+    )
+    whole, path = begin("whole"), tmp_path / "run"
+    for event, n, step in [("after_micro_batch", 21, 10), ("after_eval_batch", 2, 36), ("after_eval_batch", 7, 72)]:
+        callbacks = (PauseIn(event, n),)
+        resume_run(path, callbacks=callbacks, **options) if path.exists() else begin("run", callbacks=callbacks)
+        record = read_json(path / "run.json")
+        assert (record["status"], record["step"]) == ("stopped", step)
+    resume_run(path, **options)
+    assert_same(path, whole)
+
+
+def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done(data_dir, tmp_path):
+    context, path = multiprocessing.get_context("forkserver"), tmp_path / "runs" / "run"
+    child = context.Process(target=die_after_the_result, args=(path, data_dir))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert read_json(path / "run.json")["status"] == "running" and read_json(path / "result.json")["status"] == "done"
+    assert load_run(path, None).record["status"] == "done"
+    with pytest.raises(NotFoundError, match="unfinished"):
+        newest_unfinished(tmp_path / "runs")
+    with pytest.raises(InputError, match="got a finished one"):
+        resume_run(path, data_dir)
+    words = [sys.executable, "-m", "finpatch", "runs", "--runs-dir", str(tmp_path / "runs")]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.split()[0] == "done"
+
+
+def die_after_the_result(run_dir, data_dir):
+    import finpatch.run
+
+    finpatch.run.draw = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    train_run(override(CONFIG, max_steps=2), "5k", data_dir=data_dir, run_dir=run_dir, is_progress_shown=False)
 
 
 def newest(run_dir):
@@ -248,7 +304,8 @@ def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, 
     assert json.loads(done.stdout)["resumed_from_step"] == answer["n_steps"]
 
 
-def test_a_resumed_run_keeps_its_own_settings():
-    words = ["train", "--resume", "--lr", "1"]
-    done = subprocess.run([sys.executable, "-m", "finpatch", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and "--lr" in done.stderr
+@pytest.mark.parametrize("words", [["--lr", "1"], ["--precision", "bf16"]])
+def test_a_resumed_run_keeps_its_own_settings(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--resume", *words])
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
