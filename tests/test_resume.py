@@ -4,21 +4,28 @@ A run is killed twenty times at random moments and resumed each time; what it en
 nobody touched. Requests to stop, damaged checkpoints and changed circumstances follow.
 """
 
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
+import pty
 import random
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from dataclasses import replace
 
 import pytest
 
 from finpatch.checkpoint import Checkpoint
 from finpatch.cli import main
+from finpatch.config import dump_yaml
 from finpatch.core import InputError, NotFoundError, read_json
 from finpatch.experiment import load_experiment_config
 from finpatch.run import load_run, newest_unfinished, override, resume_run, train_run
@@ -275,7 +282,57 @@ def test_the_newest_unfinished_run_is_found(stopped, whole):
         newest_unfinished(whole)
 
 
-@pytest.mark.parametrize("ask", [signal.SIGTERM, signal.SIGINT, "STOP"])
+def in_terminal(words, columns=100, answer=None) -> tuple[int, str]:
+    "Run the command in a terminal; `answer` looks at what it shows and may return keys to press, once."
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    start = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "finpatch", *words], stdin=theirs, stdout=theirs, stderr=theirs, **start
+    )
+    os.close(theirs)
+    shown = b""
+    while chunk := read_some(ours):
+        shown += chunk
+        if answer and (keys := answer(shown.decode(errors="ignore"))):
+            answer = os.write(ours, keys) and None
+    os.close(ours)
+    return child.wait(timeout=60), shown.decode()
+
+
+def read_some(handle) -> bytes:
+    try:
+        return os.read(handle, 65_536)
+    except OSError:  # Linux's way to say that the other side is closed
+        return b""
+
+
+LINE = re.compile(
+    r"\|\S*\s*\| \d+/70 \[\d\d:\d\d<[\d:?]+, +[\d.?]+(step/s|s/step), epoch [12]/2, (heat unknown|\w+( \d+ °C)?)"
+)
+
+
+def test_a_terminal_shows_one_line_of_progress_and_nothing_from_libraries(data_dir, tmp_path):
+    "With what can be switched on, stopped by Ctrl-C and resumed: the heat and the time left, in one line."
+    config = override(CONFIG, epochs=2, max_steps=70, precision="auto", checkpoint_every_s=0.1)
+    config = replace(config, compute=replace(config.compute, is_checkpointed=True))
+    (tmp_path / "mine.yaml").write_text(dump_yaml(config))
+    where = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / "run")]
+    begin = ["train", "--config", str(tmp_path / "mine.yaml"), "--budget", "50k", *where]
+    status, first = in_terminal(begin, answer=lambda text: b"\x03" if re.search(r" [1-9]\d*/70 ", text) else b"")
+    assert status == 3, first
+    status, second = in_terminal(["train", "--resume", *where])
+    assert status == 0, second
+    for text, last in ((first, "Go on with: finpatch train --resume"), (second, "Learning curve: ")):
+        lines = [line for line in text.split("\r\n") if line]
+        assert last in lines[-1] and "Warning" not in text and "File " not in text
+        (bar,) = [line for line in lines if "/70 [" in line and LINE.search(line)]
+        drawn = [part for part in bar.split("\r") if part.strip()]
+        assert len(drawn) > 2 and max(map(len, drawn)) <= 100 and sum(bool(LINE.search(part)) for part in drawn) > 1
+    assert "resumed from step" in second
+
+
+@pytest.mark.parametrize("ask", [signal.SIGTERM, "STOP"])
 def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, tmp_path):
     "As in a terminal: the line says how to go on, and that line works."
     run_dir, where = tmp_path / "run", ["--data-dir", str(data_dir)]
