@@ -115,11 +115,11 @@ class WriteMetrics(Callback):
             stream.flush()
             os.fsync(stream.fileno())
 
-# %% ../nbs/31_callbacks.ipynb #ea8cd356
+# %% ../nbs/31_callbacks.ipynb #a43f9364
 WIDTH = "" if any(c.__name__ == "tqdm_notebook" for c in tqdm.__mro__) else ":8"  # a widget has its own
 BAR = f"|{{bar{WIDTH}}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
 
-
+# %% ../nbs/31_callbacks.ipynb #1c692c3f
 class Progress(Callback):
     "Show steps, rate, time left, the last losses and what others show."
 
