@@ -81,6 +81,7 @@ def train(args: argparse.Namespace) -> Answer:
 
     check_train_words(args)
     options = {"data_dir": args.data_dir, "checkpoint_every_s": args.checkpoint_every_s, "is_cooled": not args.no_thermal}
+    options["is_tracked"] = not args.no_tracking
     if args.resume:
         return train_answer(resume_run(args.run_dir or newest_unfinished(args.runs_dir), **options))
     changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps")}

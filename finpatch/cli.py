@@ -78,6 +78,7 @@ def add_train(parent) -> None:
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="windows in memory at once")
     p.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: a new one under --runs-dir)")
     p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
+    p.add_argument("--no-tracking", action="store_true", help="leave out the trackers that the config names")
 
 
 def add_use(parent) -> None:

@@ -6,8 +6,7 @@
 __all__ = ['DATABASES', 'ENDS', 'LOGS', 'tidy', 'open_experiment', 'send_settings', 'send_numbers', 'MLflow', 'is_logged_in',
            'quiet_settings', 'WeightsAndBiases', 'leave_with', 'obey', 'serve']
 
-# %% ../nbs/32b_trackers.ipynb #a235cf5f
-import netrc
+# %% ../nbs/32b_trackers.ipynb #acf9e8dd
 import os
 import re
 import secrets
@@ -15,7 +14,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from .core import to_json
 from .follow import Follower, Log, flat
@@ -99,17 +97,14 @@ class MLflow(Log):
         self.row(step, summary)
         self.client.set_terminated(self.run_id, ENDS.get(status, "FAILED"))
 
-# %% ../nbs/32b_trackers.ipynb #17fdc3d5
+# %% ../nbs/32b_trackers.ipynb #e78356d1
 def is_logged_in() -> bool:
-    "Are there credentials for Weights & Biases?"
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+    "Has W&B credentials? A question cannot come up: `serve` has no terminal."
     import wandb
 
-    host = urlsplit(wandb.setup().settings.base_url).hostname
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        return wandb.login(verify=False)
+    except wandb.errors.UsageError:  # it would have to ask
         return False
 
 
@@ -120,7 +115,7 @@ def quiet_settings(folder: Path) -> "wandb.Settings":  # noqa: F821
     off = {"disable_git": True, "disable_code": True, "x_disable_meta": True, "x_disable_stats": True}
     return wandb.Settings(root_dir=str(folder), console="off", silent=True, x_save_requirements=False, **off)
 
-# %% ../nbs/32b_trackers.ipynb #613ec74c
+# %% ../nbs/32b_trackers.ipynb #99ffb511
 class WeightsAndBiases(Log):
     "A run in a project of Weights & Biases."
 
@@ -132,29 +127,35 @@ class WeightsAndBiases(Log):
     def begin(self, title: str, settings: dict, kept: dict) -> dict:
         for name in ("CACHE", "DATA"):
             os.environ.setdefault(f"WANDB_{name}_DIR", str(self.folder / "wandb" / name.lower()))
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
         import wandb
 
         self.run_id = kept.get("run_id") or secrets.token_hex(4)
         mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
-        options = {"mode": mode, "resume": "allow", "settings": quiet_settings(self.folder)}
-        self.run = wandb.init(project=self.project, id=self.run_id, name=title, config=settings, **options)
-        where = self.run.url if mode == "online" else f"wandb sync {self.folder / 'wandb'}/offline-run-*-{self.run_id}"
+        options = {"project": self.project, "id": self.run_id, "name": title, "config": settings, "resume": "allow"}
+        try:
+            self.run = wandb.init(mode=mode, settings=quiet_settings(self.folder), **options)
+        except wandb.errors.CommError:  # logged in, and nobody answers
+            wandb.teardown()
+            mode = "offline"
+            self.run = wandb.init(mode=mode, settings=quiet_settings(self.folder), **options)
+        where = self.run.url if mode == "online" else f'wandb sync "{self.folder / "wandb"}"/offline-run-*-{self.run_id}'
         return {"run_id": self.run_id, "project": self.project, "mode": mode, "where": where}
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
+        self.run.log(values, step=step, commit=True)
 
     def files(self, files: list[Path], figures: list[Path], step: int) -> None:
-        "Send files as one artifact, without a copy of them, and figures as images."
+        "Send the files of a run that is done as one artifact, without a copy of them, and figures as images."
         import wandb
 
-        artifact = wandb.Artifact(f"finpatch-{self.run_id}", "model")
-        for path in files:
-            artifact.add_file(str(path), policy="immutable", skip_cache=True)
-        self.run.log_artifact(artifact)
+        if "best.safetensors" in [path.name for path in files]:
+            artifact = wandb.Artifact(f"finpatch-{self.run_id}", "model")
+            for path in files:
+                artifact.add_file(str(path), policy="immutable", skip_cache=True)
+            self.run.log_artifact(artifact)
         if figures:
-            self.run.log({p.stem: wandb.Image(str(p)) for p in figures}, step=step)
+            self.run.log({p.stem: wandb.Image(str(p)) for p in figures})
 
     def end(self, status: str, summary: dict[str, float], step: int) -> None:
         self.run.summary.update(summary | {"status": status})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SERVE', 'ASKED', 'Tracker', 'TrackerError', 'carry_out', 'Post', 'start_child', 'Remote', 'TrackingCallback',
-           'check_trackers', 'make_trackers']
+           'check_trackers', 'make_trackers', 'tracked']
 
-# %% ../nbs/33_tracking.ipynb #fbfc3fc8
+# %% ../nbs/33_tracking.ipynb #ec4de318
 import contextlib
 import json
 import logging
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,7 +106,7 @@ def start_child(name: str, where: str, run_dir: Path, output: Path) -> subproces
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stream, "bufsize": 0}
         return subprocess.Popen(words, start_new_session=True, **pipes)
 
-# %% ../nbs/33_tracking.ipynb #b07a077d
+# %% ../nbs/33_tracking.ipynb #feae0984
 class Remote(Tracker):
     "MLflow or Weights & Biases in a child process."
 
@@ -128,7 +128,7 @@ class Remote(Tracker):
 
     def end(self) -> None:
         self.ask("end")
-        self.child.wait()
+        self.leave()
         if not self.output.stat().st_size:
             self.output.unlink()
 
@@ -141,18 +141,28 @@ class Remote(Tracker):
         with contextlib.suppress(BrokenPipeError):
             self.child.stdin.write(f"{word}\n".encode())
         line = self.child.stdout.readline()
-        error = json.loads(line)["error"] if line else f"its process ended with status {self.child.wait()}, see {self.output}"
-        if error is not None:
+        if not line:
+            raise TrackerError(f"its process ended with status {self.leave()}, see {self.output}")
+        if (error := json.loads(line)["error"]) is not None:
+            self.abandon()
+            self.leave()
             raise TrackerError(error)
 
-# %% ../nbs/33_tracking.ipynb #1ab97d27
+    def leave(self) -> int:
+        "Close the pipes, and wait for the process to end."
+        with self.child:
+            pass
+        return self.child.returncode
+
+# %% ../nbs/33_tracking.ipynb #38748cf4
 class TrackingCallback(Callback):
     "Tell trackers when to look at the run folder."
 
     order = 70
+    LIMIT_S = 60.0  # How long to wait for the trackers at the end
 
-    def __init__(self, trackers: Sequence[Tracker], limit_s: float = 60.0):  # limit_s: how long to wait at the end
-        self.posts, self.limit_s = [Post(t) for t in trackers], limit_s
+    def __init__(self, trackers: Sequence[Tracker], limit_s: float | None = None):
+        self.posts, self.limit_s = [Post(t) for t in trackers], self.LIMIT_S if limit_s is None else limit_s
 
     def before_fit(self, trainer: Trainer) -> None:
         for post in self.posts:
@@ -170,14 +180,14 @@ class TrackingCallback(Callback):
         for post in begun:
             post.wait()
 
-# %% ../nbs/33_tracking.ipynb #577fe4b9
+# %% ../nbs/33_tracking.ipynb #e5d2d6f9
 ASKED = {"mlflow": "mlflow_experiment", "wandb": "wandb_project"}  # Package: the setting that asks for it
 
 
-def check_trackers(config: ExperimentConfig) -> None:
+def check_trackers(config: ExperimentConfig, is_tracked: bool = True) -> None:
     "Raise `InputError` unless the packages of the trackers that a config names are installed."
     for package, setting in ASKED.items():
-        if getattr(config, setting) is not None and find_spec(package) is None:
+        if is_tracked and getattr(config, setting) is not None and find_spec(package) is None:
             remedy = 'Run `pip install "finpatch[tracking]"`, or leave tracking out with `--no-tracking`.'
             raise InputError(f"`{setting}` needs the package {package}", "it is not installed", remedy)
 
@@ -186,3 +196,17 @@ def make_trackers(config: ExperimentConfig, run_dir: Path | str) -> list[Tracker
     "Make the trackers that a config names."
     asked = {package: getattr(config, setting) for package, setting in ASKED.items()}
     return [Remote(package, where, run_dir) for package, where in asked.items() if where is not None]
+
+# %% ../nbs/33_tracking.ipynb #35b558e9
+@contextlib.contextmanager
+def tracked(
+    config: ExperimentConfig,
+    run_dir: Path | str,
+    record: dict,  # For run.json; gets `trackers`
+    is_tracked: bool = True,
+) -> Iterator[TrackingCallback]:
+    "Give the callback that keeps a run's trackers informed, and close it at the end."
+    trackers = make_trackers(config, run_dir) if is_tracked else []
+    record["trackers"] = [tracker.name for tracker in trackers]
+    with contextlib.closing(TrackingCallback(trackers)) as callback:
+        yield callback
