@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'check_lineage', 'make_model', 'predict_samples', 'load_frames', 'judge', 'plot_learning_curve', 'draw',
-           'finish']
+           'store_predictions', 'outcome', 'finish']
 
 # %% ../nbs/41b_job.ipynb #b8d89272
 import logging
@@ -61,18 +61,19 @@ def make_model(
     model.set_output_bias(dataset.task.prior_logit(y_train))
     return model
 
-# %% ../nbs/41b_job.ipynb #560b90a7
+# %% ../nbs/41b_job.ipynb #006e544e
 def predict_samples(
     model: PatchTST,
     dataset: FinancialDataset,
     budget: str,
     seed: int,
+    fold: int = 0,  # Of a walk forward; a hold-out is fold 0
 ) -> pd.DataFrame:  # split, fold, symbol, origin, target_end, budget, seed, y, logit, p
     "Predict every sample."
     logit = predict_logits(model, dataset, dataset.row).numpy()
     table = dataset.samples
     return pd.DataFrame({
-        "split": table["split"], "fold": 0, "symbol": table["symbol"],
+        "split": table["split"], "fold": fold, "symbol": table["symbol"],
         "origin": table["origin"], "target_end": table["target_end"], "budget": budget, "seed": seed,
         "y": table["y"], "logit": logit, "p": dataset.task.link(logit),
     })
@@ -126,7 +127,31 @@ def draw(run_dir: Path, kind: str) -> None:
     except Exception as error:
         log.warning("no learning curve in %s: %s: %s", run_dir, type(error).__name__, error)
 
-# %% ../nbs/41b_job.ipynb #2d340b65
+# %% ../nbs/41b_job.ipynb #b9ee3ce8
+def store_predictions(run_dir: Path, trainer: Trainer, budget: str, seed: int, fold: int = 0) -> pd.DataFrame:
+    "Predict with the best weights and store every sample."
+    load_weights(trainer.model, run_dir / "best.safetensors")
+    predictions = predict_samples(trainer.model, trainer.dataset, budget, seed, fold)
+    with atomic_path(run_dir / "predictions.parquet") as tmp:
+        predictions.to_parquet(tmp, index=False)
+    return predictions
+
+
+def outcome(
+    run_dir: Path, trainer: Trainer, config: ExperimentConfig, budget: str, resumed_from_step: int | None
+) -> dict[str, object]:
+    "Say how training ended and what it left."
+    return {
+        "schema_version": 1, "run_dir": str(run_dir), "status": "done",
+        "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
+        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch,
+        "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed,
+        "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
+        "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
+        "files_sha256": digest_files(run_dir), "peak_mem_gib": peak_mem_gib(),
+    }
+
+# %% ../nbs/41b_job.ipynb #4e5b6d1a
 def finish(
     run_dir: Path,
     trainer: Trainer,
@@ -136,17 +161,6 @@ def finish(
     resumed_from_step: int | None = None,
 ) -> dict[str, object]:  # For result.json
     "Predict with the best weights and judge; return the result."
-    load_weights(trainer.model, run_dir / "best.safetensors")
-    predictions = predict_samples(trainer.model, trainer.dataset, budget, config.seed)
-    with atomic_path(run_dir / "predictions.parquet") as tmp:
-        predictions.to_parquet(tmp, index=False)
+    predictions = store_predictions(run_dir, trainer, budget, config.seed)
     result = judge(predictions, config, data_dir, what=run_dir.name)
-    return {
-        "schema_version": 1, "run_dir": str(run_dir), "status": "done",
-        "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
-        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch,
-        "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed, **result,
-        "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
-        "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
-        "files_sha256": digest_files(run_dir), "peak_mem_gib": peak_mem_gib(),
-    }
+    return outcome(run_dir, trainer, config, budget, resumed_from_step) | result
