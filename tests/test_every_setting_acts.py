@@ -6,6 +6,7 @@ Every field of the experiment is changed once, alone, and something that the fie
 import dataclasses
 import itertools
 from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,21 @@ import pytest
 import torch
 
 from finpatch.callbacks import default_callbacks
-from finpatch.config import dump_yaml, load_yaml, parse_config
-from finpatch.core import InputError, NotFoundError
+from finpatch.checkpoint import Checkpoint
+from finpatch.compute import recompute, set_up
+from finpatch.config import dump_yaml, load_yaml, parse_config, plain
+from finpatch.core import HardwareError, InputError, NotFoundError, read_json
 from finpatch.dataset import FinancialDataset, SymbolRows
-from finpatch.experiment import ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig, load_experiment_config
-from finpatch.run import make_model
+from finpatch.experiment import (
+    ComputeConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OptimConfig,
+    SplitsConfig,
+    load_experiment_config,
+)
+from finpatch.run import make_model, override, resume_run, train_run
+from finpatch.sensors import Reading
 from finpatch.targets import Task
 from finpatch.tracking import make_trackers, tracked
 from finpatch.trainer import Trainer
@@ -35,6 +46,7 @@ BASE = ExperimentConfig(
     ),
     optim=OptimConfig(lr=1e-3, epochs=2, warmup_steps=4, patience=None),
 )
+CPU = torch.device("cpu")
 CHANGES = {
     "seed": 1,
     "task": "threshold_1pct",
@@ -63,6 +75,22 @@ CHANGES = {
     "optim.epochs": 3,
     "optim.max_steps": 5,
     "optim.patience": 1,
+    "compute.precision": "bf16",
+    "compute.is_compiled": True,
+    "compute.is_checkpointed": True,
+    "compute.checkpoint_every_s": 7.0,
+}
+HEAT = {
+    "thermal.fair_c": 60.0,
+    "thermal.serious_c": 80.0,
+    "thermal.critical_c": 90.0,
+    "thermal.hysteresis_c": 0.0,
+    "thermal.dwell_s": 5.0,
+    "thermal.interval_s": 20.0,
+    "thermal.duty": 0.25,
+    "thermal.max_pause_s": 20.0,
+    "thermal.stop_after_s": 60.0,
+    "thermal.required": True,
 }
 TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
@@ -75,7 +103,7 @@ def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConf
 
 
 def outcome(config: ExperimentConfig, folder) -> tuple:
-    "Train and return what a reader would see: samples, weights, steps, losses."
+    "Train and return what a reader would see: samples, weights, steps, losses, checkpoints, effective settings."
     rng = np.random.default_rng(0)
     close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, len(DAYS))))
     prices = pd.DataFrame(
@@ -86,12 +114,62 @@ def outcome(config: ExperimentConfig, folder) -> tuple:
     rows = SymbolRows("TOY", DAYS, x, task.labels(prices).to_numpy())
     data = FinancialDataset([rows], ("a", "b", "c"), task, config.splits, config.context_length)
     model = make_model(config, "10k", data)
-    trainer = Trainer(
-        model, data, config.optim, seed=config.seed, callbacks=default_callbacks(folder, config.optim, False)
-    )
-    trainer.fit()
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return weights.sum().item(), trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum()
+    x, _ = data.batch(data.index["train"][: config.optim.global_batch_size])
+    effective = set_up(model, config.compute, x, CPU, backend="eager")
+    checkpoint = Counted(folder / "checkpoints", config.compute.checkpoint_every_s, clock=itertools.count(0.0).__next__)
+    callbacks = [*default_callbacks(folder, config.optim, False), checkpoint]
+    options = {"seed": config.seed, "precision": effective["precision"], "callbacks": callbacks}
+    trainer = Trainer(model, data, config.optim, **options).fit()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).sum().item()
+    seen = (trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum())
+    return weights, *seen, checkpoint.n_saved, *effective.items()
+
+
+class Counted(Checkpoint):
+    "A checkpoint whose clock goes on by a second each time it is read, and that counts instead of writing."
+
+    n_saved = 0
+
+    def save(self, trainer):
+        self.n_saved, self.saved_at = self.n_saved + 1, self.clock()
+
+
+class Machine:
+    "A clock, a temperature each ten seconds of it, and a trainer's face; a step works for four seconds."
+
+    temps = (66, 66, 72, 72, 82, 86, 83, 60, 60, 60, 60, 92, 60, 60, 60, 60, *[97] * 40)
+
+    def __init__(self, interval_s):
+        self.interval_s, self.now, self.step, self.stop_reason = interval_s, 0.0, 0, None
+
+    def latest(self):
+        at = self.now // self.interval_s * self.interval_s
+        return Reading(temp_c=self.temps[min(int(at // 10), len(self.temps) - 1)])
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def make_reader(self, *_):
+        return SimpleNamespace(latest=self.latest, first=Reading, end=lambda: None)
+
+    def request_pause(self, reason):
+        self.stop_reason = self.stop_reason or reason
+
+    def emit(self, event): ...
+
+    is_over = property(lambda self: self.stop_reason is not None)
+
+
+def heat_outcome(config: ThermalConfig) -> list:
+    "Return what became of each step under heat; a machine without a sensor if one is required."
+    machine = Machine(config.interval_s)
+    faces = {"sleep": machine.sleep, "clock": lambda: machine.now, "make_reader": machine.make_reader}
+    heat = ThermalCallback(machine.latest, config, **faces)
+    heat.before_fit(machine)
+    while not machine.is_over:
+        machine.now, machine.step = machine.now + 4, machine.step + 1
+        heat.after_step(machine)
+    return list(heat.trace.rows)
 
 
 def all_fields() -> set[str]:
@@ -160,6 +238,9 @@ BAD = {
     "out of range": (lambda c: c | {"horizon": 0}, "horizon"),
     "nested out of range": (lambda c: c | {"model": {"dropout": 1.5}}, "`model.dropout` must be ≥ 0"),
     "dates out of order": (lambda c: c | {"splits": c["splits"] | {"val_end": date(2001, 1, 1)}}, "must ascend"),
+    "unknown precision": (lambda c: c | {"compute": {"precision": "bf8"}}, "Did you mean `bf16`"),
+    "unknown setting of heat": (lambda c: c | {"thermal": {"fare_c": 60}}, "`thermal.fare_c`"),
+    "heat out of order": (lambda c: c | {"thermal": {"fair_c": 90.0}}, "must ascend"),
     "unknown task": (lambda c: c | {"task": "directoin"}, "Did you mean `direction`"),
     "unknown choice": (lambda c: c | {"model": {"channel_mode": "mixd"}}, "channel_mode"),
     "bad dataset id": (lambda c: c | {"dataset": "SP500"}, "SYMBOL.dataset.TIER"),
@@ -185,12 +266,12 @@ def test_a_missing_config_names_the_nearest():
 
 def test_defaults_differ_from_the_changes():
     "A change that equals the default would prove nothing."
-    for key, value in CHANGES.items():
+    for key, value in (CHANGES | HEAT).items():
         owner, _, name = key.rpartition(".")
         assert getattr(getattr(BASE, owner) if owner else BASE, name) != value, key
 
 
 def test_model_and_optim_configs_are_covered():
-    owners = {"model": ModelConfig, "optim": OptimConfig, "splits": SplitsConfig}
+    owners = {"model": ModelConfig, "optim": OptimConfig, "splits": SplitsConfig, "compute": ComputeConfig}
     names = itertools.chain(*[[f"{k}.{f.name}" for f in dataclasses.fields(v)] for k, v in owners.items()])
     assert set(names) <= set(CHANGES)
