@@ -95,7 +95,8 @@ def add_use(parent) -> None:
     p.add_argument("symbol")
     p.add_argument("--tier", default="a20", help="tier to audit (default: a20)")
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
-    add(parent, "runs", answers.runs, "finpatch runs")
+    p = add(parent, "runs", answers.runs, "finpatch runs runs/RUN runs/ANOTHER")
+    p.add_argument("names", nargs="*", metavar="RUN", help="set these side by side (default: list all)")
 
 # %% ../nbs/50_cli.ipynb #d57fb9a4
 def add_machine(parent) -> None:

@@ -129,6 +129,8 @@ class ExperimentConfig:
     splits: SplitsConfig
     optim: OptimConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    thermal: ThermalConfig | None = field(default_factory=ThermalConfig)  # None: the temperature is not watched
     wandb_project: str | None = None  # Weights & Biases project; None: not tracked there
     mlflow_experiment: str | None = None  # MLflow experiment; None: not tracked there
 

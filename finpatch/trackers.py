@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATABASES', 'ENDS', 'LOGS', 'tidy', 'open_experiment', 'send_settings', 'send_numbers', 'MLflow', 'is_logged_in',
-           'quiet_settings', 'WeightsAndBiases', 'leave_with', 'obey', 'serve']
+           'quiet_settings', 'open_wandb', 'WeightsAndBiases', 'leave_with', 'obey', 'serve']
 
 # %% ../nbs/32b_trackers.ipynb #acf9e8dd
 import os
@@ -115,7 +115,19 @@ def quiet_settings(folder: Path) -> "wandb.Settings":  # noqa: F821
     off = {"disable_git": True, "disable_code": True, "x_disable_meta": True, "x_disable_stats": True}
     return wandb.Settings(root_dir=str(folder), console="off", silent=True, x_save_requirements=False, **off)
 
-# %% ../nbs/32b_trackers.ipynb #99ffb511
+# %% ../nbs/32b_trackers.ipynb #5f277254
+def open_wandb(folder: Path, **options: object) -> tuple["wandb.Run", str]:  # noqa: F821  # The run and its mode
+    "Open a run as WANDB_MODE says, else online where that works, else offline."
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
+    try:
+        return wandb.init(mode=mode, resume="allow", settings=quiet_settings(folder), **options), mode
+    except wandb.errors.CommError:  # logged in, and nobody answers
+        wandb.teardown()
+        return wandb.init(mode="offline", resume="allow", settings=quiet_settings(folder), **options), "offline"
+
+# %% ../nbs/32b_trackers.ipynb #f379c6c2
 class WeightsAndBiases(Log):
     "A run in a project of Weights & Biases."
 
@@ -128,19 +140,10 @@ class WeightsAndBiases(Log):
         for name in ("CACHE", "DATA"):
             os.environ.setdefault(f"WANDB_{name}_DIR", str(self.folder / "wandb" / name.lower()))
         os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
-        import wandb
-
-        self.run_id = kept.get("run_id") or secrets.token_hex(4)
-        mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
-        options = {"project": self.project, "id": self.run_id, "name": title, "config": settings, "resume": "allow"}
-        try:
-            self.run = wandb.init(mode=mode, settings=quiet_settings(self.folder), **options)
-        except wandb.errors.CommError:  # logged in, and nobody answers
-            wandb.teardown()
-            mode = "offline"
-            self.run = wandb.init(mode=mode, settings=quiet_settings(self.folder), **options)
-        where = self.run.url if mode == "online" else f'wandb sync "{self.folder / "wandb"}"/offline-run-*-{self.run_id}'
-        return {"run_id": self.run_id, "project": self.project, "mode": mode, "where": where}
+        run_id = kept.get("run_id") or secrets.token_hex(4)
+        self.run, mode = open_wandb(self.folder, project=self.project, id=run_id, name=title, config=settings)
+        where = self.run.url if mode == "online" else f'wandb sync "{self.folder / "wandb"}"/offline-run-*-{run_id}'
+        return {"run_id": run_id, "project": self.project, "mode": mode, "where": where}
 
     def row(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step, commit=True)
@@ -150,7 +153,7 @@ class WeightsAndBiases(Log):
         import wandb
 
         if "best.safetensors" in [path.name for path in files]:
-            artifact = wandb.Artifact(f"finpatch-{self.run_id}", "model")
+            artifact = wandb.Artifact(f"finpatch-{self.run.id}", "model")
             for path in files:
                 artifact.add_file(str(path), policy="immutable", skip_cache=True)
             self.run.log_artifact(artifact)

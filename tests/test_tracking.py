@@ -295,7 +295,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch, caplog):
     while (child := tracking.posts[0].tracker.child) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     tracking.close()
-    assert child.wait(10) == -9
+    assert child.process.wait(10) == -9
     assert caplog.text.count("mlflow: did not finish in time") == 1
 
 
