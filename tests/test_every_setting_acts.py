@@ -30,8 +30,10 @@ from finpatch.experiment import (
 from finpatch.run import make_model, override, resume_run, train_run
 from finpatch.sensors import Reading
 from finpatch.targets import Task
+from finpatch.thermal import ThermalCallback
+from finpatch.thermal_config import ThermalConfig
 from finpatch.tracking import make_trackers, tracked
-from finpatch.trainer import Trainer
+from finpatch.trainer import Callback, Trainer
 
 SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
 DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=1200), name="session")
@@ -187,7 +189,7 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(TRACKED) | {"dataset"}  # dataset: test_integration
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(TRACKED) | {"dataset"}  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):
@@ -202,6 +204,82 @@ def test_changing_a_field_changes_the_outcome(key, base, tmp_path):
         (tmp_path / "without").mkdir()
         reference = outcome(changed(config, key, None), tmp_path / "without")
     assert outcome(config, tmp_path) != reference
+
+
+@pytest.mark.parametrize("key", HEAT)
+def test_changing_a_field_of_the_heat_changes_what_becomes_of_a_step(key):
+    changed_config = changed(BASE, key, HEAT[key]).thermal
+    if key == "thermal.required":
+        with pytest.raises(HardwareError, match="thermal.required"):
+            heat_outcome(changed_config)
+    else:
+        assert heat_outcome(changed_config) != heat_outcome(BASE.thermal)
+
+
+class Caught(Exception):
+    pass
+
+
+def test_the_settings_of_compute_and_thermal_reach_the_run(data_dir, tmp_path, monkeypatch):
+    "What is built for a run, by the one path to a run; nothing is trained."
+
+    def catch(model, *_, **options):
+        raise Caught(model, options)
+
+    monkeypatch.setattr("finpatch.run.Trainer", catch)
+    config = override(load_experiment_config("sp500_direction"), precision="bf16", checkpoint_every_s=7.0)
+    config = changed(changed(config, "compute.is_checkpointed", True), "thermal.dwell_s", 5.0)
+    with pytest.raises(Caught) as caught:
+        train_run(config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    model, options = caught.value.args
+    parts = {type(c): c for c in options["callbacks"]}
+    assert options["precision"] == "bf16" and model.run_block is recompute
+    assert parts[Checkpoint].every_s == 7.0 and parts[ThermalCallback].config == config.thermal
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"]["dwell_s"] == 5.0
+    effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True}
+    assert record["effective"] == effective | {
+        "checkpoint_every_s": 7.0,
+        "heat": parts[ThermalCallback].start().source,
+    }
+    with pytest.raises(Caught) as caught:
+        train_run(override(config, is_cooled=False), "5k", data_dir=data_dir, run_dir=tmp_path / "off")
+    assert ThermalCallback not in {type(c) for c in caught.value.args[1]["callbacks"]}
+    assert read_json(tmp_path / "off" / "run.json")["effective"]["heat"] == "off"
+
+
+class PauseAt(Callback):
+    def after_step(self, trainer):
+        if trainer.step == 2:
+            trainer.request_pause("asked")
+
+
+def test_what_was_asked_is_kept_beside_what_was_done_and_a_resumed_run_keeps_both(data_dir, tmp_path, monkeypatch):
+    "Asked to compile on a machine whose compiler fails, and resumed with a checkpoint each five seconds."
+    monkeypatch.setattr("torch.nn.Module.compile", lambda *_, **__: 1 / 0)
+    config = override(load_experiment_config("sp500_direction"), precision="auto", max_steps=4, is_cooled=False)
+    config = changed(config, "compute.is_compiled", True)
+    options = {"data_dir": data_dir, "is_progress_shown": False}
+    path = train_run(config, "5k", run_dir=tmp_path / "run", callbacks=(PauseAt(),), **options)
+    resume_run(path, checkpoint_every_s=5.0, **options)
+    record = read_json(path / "run.json")
+    assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"] is None
+    first, last = record["effective"], record["sessions"][-1]["effective"]
+    assert (first["precision"], first["is_compiled"], first["checkpoint_every_s"], first["heat"]) == (
+        "fp32",
+        False,
+        60.0,
+        "off",
+    )
+    assert last == first | {"checkpoint_every_s": 5.0}
+    assert read_json(path / "result.json")["is_bitwise"] is True
+
+
+def test_a_file_without_the_newer_sections_has_their_defaults(tmp_path):
+    mapping = plain(BASE)
+    elder = {k: v for k, v in mapping.items() if k not in ("compute", "thermal")}
+    assert parse_config(ExperimentConfig, elder) == BASE
+    assert parse_config(ExperimentConfig, mapping | {"thermal": None}).thermal is None
 
 
 @pytest.mark.parametrize("key", TRACKED)
