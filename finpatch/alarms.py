@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MIN_SPREAD', 'N_RUNNING', 'first_collapse', 'read_spreads', 'collapse_alarms', 'find_alarms']
 
-# %% ../nbs/39g_alarms.ipynb #f6d4e35e
+# %% ../nbs/39g_alarms.ipynb #a444294a
 import json
 from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, NotFoundError
+from .core import NotFoundError
 
 # %% ../nbs/39g_alarms.ipynb #b2850b3b
 MIN_SPREAD, N_RUNNING = 0.005, 3
@@ -30,22 +30,23 @@ def first_collapse(
         begun = i + 1
     return None
 
-# %% ../nbs/39g_alarms.ipynb #1f6b86d2
+# %% ../nbs/39g_alarms.ipynb #d49a1084
 def read_spreads(
     path: Path | str,  # metrics.jsonl
 ) -> list[dict]:  # step, sharpness; oldest first
-    "Read the spread at every evaluation of a run; lines without one are passed over."
+    "Read the spread at every evaluation of a run; lines without one, and torn ones, are passed over."
     path = Path(path)
     if not path.exists():
         raise NotFoundError("the metrics of a run must exist", f"no {path}", "Name metrics.jsonl of a run.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            rule, found = "each line of the metrics must be a JSON object", f"line {number} of {path}"
-            raise InputError(rule, found, "Remove the line.") from None
-    return [{k: row[k] for k in ("step", "sharpness")} for row in rows if row.get("sharpness") is not None]
+            continue
+        if isinstance(row, dict) and row.get("sharpness") is not None:
+            rows.append({"step": row.get("step"), "sharpness": row["sharpness"]})
+    return rows
 
 # %% ../nbs/39g_alarms.ipynb #98e51860
 def collapse_alarms(
