@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Job', 'prepare', 'assemble', 'execute', 'train_run', 'override', 'Run', 'load_run', 'resume_run']
 
-# %% ../nbs/42_run.ipynb #48d21a8a
+# %% ../nbs/42_run.ipynb #c2029ca2
 import json
 import logging
 import shutil
@@ -38,7 +38,7 @@ from .trainer import Trainer
 
 log = logging.getLogger("finpatch")
 
-# %% ../nbs/42_run.ipynb #559762ba
+# %% ../nbs/42_run.ipynb #bad09d25
 @dataclass(frozen=True)
 class Job:
     "A run that is ready to begin: all its parts, checked."
@@ -61,10 +61,10 @@ def prepare(
 ) -> Job:
     "Check and load everything that a run needs."
     entries = check_lineage(config, data_dir)
-    data = (load_dataset(config, data_dir), trusted_device(device), entries)
+    data = (load_dataset(config, data_dir), choose_device(device), entries)
     return assemble(config, budget, data_dir, *data, micro_batch_size)
 
-# %% ../nbs/42_run.ipynb #672b18c1
+# %% ../nbs/42_run.ipynb #e030098c
 def assemble(
     config: ExperimentConfig,
     budget: str,
@@ -76,7 +76,8 @@ def assemble(
 ) -> Job:
     "Make the model and the record of a run whose data is at hand; a study loads it once for many."
     check_range("micro_batch_size", micro_batch_size, 1)
-    model = make_model(config, budget, dataset)
+    certificate = certified(device, make_model_config(config, budget, dataset))
+    model = make_model(config, budget, dataset, certificate["is_fused"])
     record = make_record(config, budget, model, dataset, device, entries, micro_batch_size)
     record["config"] = json.loads(json.dumps(plain(config), default=str))
     x, _ = dataset.batch(dataset.index["train"][: record["micro_batch_size"]])  # (b, T, F)
@@ -84,7 +85,7 @@ def assemble(
     record |= {"certificate": certificate, "effective": effective | {"is_fused": certificate["is_fused"]}}
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #24d71a83
+# %% ../nbs/42_run.ipynb #9d7a95fb
 def execute(
     job: Job,
     run_dir: Path,
