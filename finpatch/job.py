@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'check_lineage', 'make_model_config', 'make_model', 'predict_samples', 'load_frames', 'judge', 'what_it_earned',
-           'plot_learning_curve', 'draw', 'store_predictions', 'outcome', 'finish']
+           'plot_learning_curve', 'draw', 'finish']
 
 # %% ../nbs/41b_job.ipynb #64b6e07a
 import logging
