@@ -80,6 +80,8 @@ def test_validation_labels_choose_the_penalty_and_fit_nothing():
     q, worst = linear_tuned(x, flipped, "binary", train, val)
     assert best["C"] > worst["C"] == 1e-4  # a forecast that is wrong on validation is shrunk as far as it goes
     assert not np.array_equal(p, q)
+    one, other = (linear_tuned(x, labels, "binary", train, val, n_trials=1)[0] for labels in (y, flipped))
+    assert np.array_equal(one, other)  # with nothing to choose, validation has no part in it
     same, _ = linear_tuned(x, np.where(np.arange(N) >= TEST, 1 - y, y), "binary", train, val)
     assert np.array_equal(p, same)
 
