@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'Results', 'PauseWith', 'is_over', 'work', 'first_free', 'count_trial', 'limited_threads', 'count_workers',
-           'serve', 'start_workers', 'gather', 'answer_of', 'StudyProgress']
+           'serve', 'Once', 'start_workers', 'gather', 'answer_of', 'StudyProgress']
 
 # %% ../nbs/43a_work.ipynb #058c628d
 import logging
@@ -108,7 +108,7 @@ def count_trial(cell: Cell, source: Source) -> None:
     span = span_digest(source.dataset(cell).samples, "val")
     record_look(source.data_dir / "ledger.jsonl", span, f"trial {cell_key(cell, source)}")
 
-# %% ../nbs/43a_work.ipynb #91a1f08a
+# %% ../nbs/43a_work.ipynb #9bc4122b
 @contextmanager
 def limited_threads(n: int) -> Iterator[None]:
     "Limit torch and the libraries of linear algebra to n threads, then put them back."
@@ -133,6 +133,7 @@ def count_workers(device: torch.device) -> int:
 def serve(config: StudyConfig, study_dir: Path, data_dir: Path, device: str, options: dict, answer: Connection) -> None:
     "Work in a process of its own, and send back how it ended."
     try:
+        log.addFilter(Once())
         with limited_threads(1):
             ended = work(Plan(config, Source(data_dir, device)), study_dir, **options)
     except KeyboardInterrupt:
@@ -140,6 +141,20 @@ def serve(config: StudyConfig, study_dir: Path, data_dir: Path, device: str, opt
     except Exception as error:
         ended = {"is_stopped": False, "failed": {"worker": f"{type(error).__name__}: {error}"}}
     answer.send(ended)
+
+# %% ../nbs/43a_work.ipynb #b014903d
+class Once(logging.Filter):
+    "Let each message pass once: a hundred cells need not say a hundred times that a sensor is missing."
+
+    def __init__(self):
+        super().__init__()
+        self.said = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self.said
+        self.said.add(text)
+        return is_new
 
 # %% ../nbs/43a_work.ipynb #a2706c57
 def start_workers(n: int, *args: object) -> list[tuple[multiprocessing.Process, Connection]]:
@@ -180,13 +195,16 @@ def answer_of(process: multiprocessing.Process, receive: Connection) -> dict:
     except EOFError:
         return {"is_stopped": True, "failed": {"worker": f"process {process.pid} ended with {process.exitcode}"}}
 
-# %% ../nbs/43a_work.ipynb #b7a2cd18
+# %% ../nbs/43a_work.ipynb #a1563458
 class StudyProgress:
     "A line on standard error."
+
+    every_s = 10.0  # Between two drawings while no cell ends
 
     def __init__(self, plan: Plan, study_dir: Path | str, is_shown: bool = True):
         self.plan, self.known = plan, Results(plan.source, Path(study_dir) / "cells")
         self.began, self.n_before, self.is_shown, self.bar = time.monotonic(), None, is_shown, None
+        self.drawn = (-1, 0.0)  # Cells done and time when the line was drawn last
 
     def count(self) -> dict[str, float]:
         "Count cells and work, done and in all."
@@ -204,10 +222,13 @@ class StudyProgress:
             form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
             self.n_before, is_off = now["n_done"], not self.is_shown
             self.bar = tqdm(total=now["work"], initial=now["work_done"], file=sys.stderr, bar_format=form, disable=is_off)
+        if now["n_done"] == self.drawn[0] and time.monotonic() - self.drawn[1] < self.every_s:
+            return
+        self.drawn = (now["n_done"], time.monotonic())
         rate = (now["n_done"] - self.n_before) / max(time.monotonic() - self.began, 1e-9)
         refused = f", {now['n_refused']} refused" if now["n_refused"] else ""
         self.bar.total, self.bar.n = now["work"], now["work_done"]
-        self.bar.set_description_str(f"{now['n_done']}/{now['n']} cells{refused}, {rate:.2f}/s")
+        self.bar.set_description_str(f"{now['n_done']}/{now['n']} cells{refused}, {rate * 60:.1f} a minute")
 
     def close(self) -> None:
         if self.bar is not None:
