@@ -19,7 +19,7 @@ from .patchtst import PatchTST
 from .plan import Plan, Question, count_cells, known_cells
 from .trainer import make_optimizer
 
-# %% ../nbs/43c_estimate.ipynb #e66fdec7
+# %% ../nbs/43c_estimate.ipynb #a2f940a6
 MEASURED = 3e6  # Parameters up to which a model is timed
 
 
@@ -32,7 +32,7 @@ def step_seconds(config: PatchTSTConfig, n_windows: int, device: torch.device, n
         optimizer.zero_grad(set_to_none=True)
         model(x).square().mean().backward()
         optimizer.step()
-        float(next(model.parameters()).flatten()[0])  # waits for the device
+        float(next(model.parameters()).detach().flatten()[0])  # waits for the device
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
