@@ -80,6 +80,7 @@ def add_train(parent) -> None:
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="windows in memory at once")
     p.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: a new one under --runs-dir)")
     p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
+    p.add_argument("--no-tracking", action="store_true", help="leave out the trackers that the config names")
 
 
 def add_use(parent) -> None:
@@ -95,7 +96,8 @@ def add_use(parent) -> None:
     p.add_argument("symbol")
     p.add_argument("--tier", default="a20", help="tier to audit (default: a20)")
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
-    add(parent, "runs", answers.runs, "finpatch runs")
+    p = add(parent, "runs", answers.runs, "finpatch runs runs/RUN runs/ANOTHER")
+    p.add_argument("names", nargs="*", metavar="RUN", help="set these side by side (default: list all)")
 
 # %% ../nbs/50_cli.ipynb #d57fb9a4
 def add_machine(parent) -> None:

@@ -34,6 +34,7 @@ from .record import new_run_dir, open_run_dir, recorded, weights_sha256
 from .status import is_done, newest_unfinished, read_record
 from .targets import Task
 from .thermal import ThermalCallback
+from .tracking import check_trackers, tracked
 from .trainer import Trainer
 
 log = logging.getLogger("finpatch")
@@ -92,6 +93,7 @@ def execute(
     is_progress_shown: bool = True,
     checkpoint_every_s: float | None = None,  # None: as configured
     is_cooled: bool = True,  # False: leave the temperature alone, whatever the config says
+    is_tracked: bool = True,  # False: leave out the trackers that the config names
     callbacks: tuple = (),  # Besides those of an ordinary run
     conclude: Callable = finish,  # (run_dir, trainer, config, budget, data_dir, resumed_from) → result
 ) -> Path:
@@ -108,8 +110,9 @@ def execute(
     options = {"seed": job.config.seed, "device": job.device, "micro_batch_size": job.record["micro_batch_size"]}
     options["precision"] = effective["precision"]
     callbacks = default_callbacks(run_dir, optim, is_progress_shown) + kept
-    with exclusive(folder, timeout_s=1), recorded(run_dir, job.config, job.record) as ended:
-        trainer = Trainer(job.model, job.dataset, optim, callbacks=callbacks, **options)
+    tracking = tracked(job.config, run_dir, job.record, is_tracked)
+    with exclusive(folder, timeout_s=1), tracking as tracker, recorded(run_dir, job.config, job.record) as ended:
+        trainer = Trainer(job.model, job.dataset, optim, callbacks=[*callbacks, tracker], **options)
         resumed_from = load_checkpoint(trainer, folder, appended)
         trainer.fit()
         if trainer.is_paused:
@@ -136,12 +139,13 @@ def train_run(
     device: str = "auto",
     micro_batch_size: int | None = None,  # Windows in memory at once; None: the whole step
     is_progress_shown: bool = True,
-    **options: object,  # `checkpoint_every_s`, `is_cooled` and `callbacks` of `execute`
+    **options: object,  # `checkpoint_every_s`, `is_cooled`, `is_tracked` and `callbacks` of `execute`
 ) -> Path:  # The run folder
     "Train one budget on one experiment and store everything the result rests on."
     if not isinstance(config, ExperimentConfig):
         config, name = load_experiment_config(config), name or Path(config).stem
     budget = str(budget)
+    check_trackers(config, options.get("is_tracked", True))
     job = prepare(config, budget, data_dir, device, micro_batch_size)
     run_dir = open_run_dir(run_dir) if run_dir else new_run_dir(runs_dir, name or config.task, budget, config.seed)
     return execute(job, run_dir, is_progress_shown, **options)
@@ -157,13 +161,15 @@ def override(
     precision: str | None = None,
     checkpoint_every_s: float | None = None,
     is_cooled: bool = True,  # False: without `thermal`
+    is_tracked: bool = True,  # False: without trackers
 ) -> ExperimentConfig:
     "Replace the settings that are given; None leaves them."
     given = lambda **values: {k: v for k, v in values.items() if v is not None}
     optim = replace(config.optim, **given(lr=lr, epochs=epochs, max_steps=max_steps))
     compute = replace(config.compute, **given(precision=precision, checkpoint_every_s=checkpoint_every_s))
     thermal = config.thermal if is_cooled else None
-    return replace(config, optim=optim, compute=compute, thermal=thermal, **given(seed=seed))
+    trackers = {} if is_tracked else {"mlflow_experiment": None, "wandb_project": None}
+    return replace(config, optim=optim, compute=compute, thermal=thermal, **given(seed=seed), **trackers)
 
 # %% ../nbs/42_run.ipynb #231f4268
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ def resume_run(
     run_dir: Path | str,
     data_dir: Path | str = "data",
     is_progress_shown: bool = True,
-    **options: object,  # `checkpoint_every_s`, `is_cooled` and `callbacks` of `execute`
+    **options: object,  # `checkpoint_every_s`, `is_cooled`, `is_tracked` and `callbacks` of `execute`
 ) -> Path:
     "Go on with a run that was stopped or killed; raise where it would no longer be the same run."
     run_dir = Path(run_dir)
@@ -218,6 +224,7 @@ def resume_run(
         found = "a finished one" if is_done(run_dir) else "no run.json"
         raise InputError(f"{run_dir} must hold an unfinished run", found, "See `finpatch runs`.")
     old, config = read_json(run_dir / "run.json"), parse_config(ExperimentConfig, load_yaml(run_dir / "config.yaml"))
+    check_trackers(config, options.get("is_tracked", True))
     job = prepare(config, old["budget"], data_dir, old["machine"]["device"], old["micro_batch_size"])
     check_same(old, job.record)
     is_bitwise = is_same_machine(old, job.record) and old.get("is_bitwise", True)
