@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['CODE', 'BASELINE_CODE', 'CLOCK', 'DIVERGED', 'Cell', 'code_digest', 'Source', 'make_dataset', 'data_digests',
-           'describe_effective', 'cell_key', 'describe_cell', 'conclude', 'forecast_baselines', 'run_cell',
-           'read_result', 'train_cell']
+           'describe_effective', 'cell_key', 'count_trial', 'limited_threads', 'describe_cell', 'conclude',
+           'forecast_baselines', 'run_cell', 'read_result', 'train_cell']
 
-# %% ../nbs/42b_cell.ipynb #6c3761b0
+# %% ../nbs/42b_cell.ipynb #0298ccde
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from .baselines import baseline_predictions
 from .budget import load_patchtst_config
@@ -26,7 +28,9 @@ from .device import choose_device
 from .evaluate import check_predictions, file_baselines
 from .experiment import ExperimentConfig
 from .job import check_lineage, load_frames, outcome, store_predictions
+from .ledger import read_looks, record_look
 from .lock import exclusive
+from .predictions import span_digest
 from .run import assemble, execute
 from .samples import check_splits
 from .targets import Task
@@ -138,7 +142,29 @@ def cell_key(cell: Cell, source: Source) -> str:  # 16 hexadecimal digits
     "Name a cell by everything that decides it."
     return source.keep(("key", cell), lambda: json_digest(source.effective(cell))[:16])
 
-# %% ../nbs/42b_cell.ipynb #7a70c8d5
+# %% ../nbs/42b_cell.ipynb #af38ef23
+def count_trial(cell: Cell, source: Source) -> None:
+    "Enter a trial into the ledger, unless it is there: a killed trial that went on is the same one."
+    ledger, what = source.data_dir / "ledger.jsonl", f"trial {cell_key(cell, source)}"
+    span = span_digest(source.dataset(cell).samples, "val")
+    if not any(look.get("span") == span and look.get("what") == what for look in read_looks(ledger)):
+        record_look(ledger, span, what)
+
+# %% ../nbs/42b_cell.ipynb #1f7e3ecb
+@contextmanager
+def limited_threads(n: int) -> Iterator[None]:
+    "Limit torch and the libraries of linear algebra to n threads, then put them back."
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    try:
+        with threadpool_limits(n):
+            torch.set_num_threads(n)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+# %% ../nbs/42b_cell.ipynb #0729d8a8
 def describe_cell(cell: Cell, key: str) -> dict:
     "Return what a table says of a cell before it has run."
     c = cell.config
@@ -146,10 +172,12 @@ def describe_cell(cell: Cell, key: str) -> dict:
     return {"key": key, "role": cell.role} | where | {"budget": cell.budget, "fold": cell.fold, "seed": c.seed, "lr": c.optim.lr}
 
 
-def conclude(cell: Cell, run_dir: Path, trainer: Trainer, resumed_from_step: int | None) -> dict:
+def conclude(cell: Cell, source: Source, run_dir: Path, trainer: Trainer, resumed_from_step: int | None) -> dict:
     "Store the predictions of a study's cell; return the result of any cell."
     if cell.role == "study":
         store_predictions(run_dir, trainer, cell.budget, cell.config.seed, cell.fold)
+    else:
+        count_trial(cell, source)
     result = outcome(run_dir, trainer, cell.config, cell.budget, resumed_from_step)
     is_capped = cell.config.optim.patience is not None and result["stop_reason"] != "early_stop"
     return result | {"is_capped": is_capped, "best_val_loss": trainer.best_val_loss}
@@ -188,7 +216,7 @@ def read_result(folder: Path) -> dict | None:
     "Return the result of a finished cell."
     return read_json(folder / "result.json") if (folder / "result.json").exists() else None
 
-# %% ../nbs/42b_cell.ipynb #39a2f164
+# %% ../nbs/42b_cell.ipynb #30a2fb05
 def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: dict) -> dict | None:
     "Train; return status and reason instead of a result where there can be none."
     try:
@@ -203,13 +231,15 @@ def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: di
     def end(run_dir, trainer, config, budget, data_dir, resumed_from_step):
         n_params = job.record["n_params_by_part"]
         core = {"n_core": n_params["encoder"] + n_params["norm"], "best_epoch": trainer.best_epoch}
-        return conclude(cell, run_dir, trainer, resumed_from_step) | head | core
+        return conclude(cell, source, run_dir, trainer, resumed_from_step) | head | core
 
     try:
         execute(job, folder, False, conclude=end, **options)
     except HardwareError as error:
         if error.rule != DIVERGED:
             raise
+        if cell.role == "search":
+            count_trial(cell, source)
         return {"status": "diverged", "reason": error.found}
     (folder / "last.safetensors").unlink(missing_ok=True)  # its digest stays in the result
     return None

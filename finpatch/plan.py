@@ -168,7 +168,7 @@ def baseline_cells(plan: Plan, question: Question) -> list[Cell]:
     lr, folds = plan.config.optim.lr, plan.folds(question)
     return [Cell(plan.experiment(question, s, 0, lr), "baselines", k, "baselines") for k, s in enumerate(folds)]
 
-# %% ../nbs/42d_plan.ipynb #629424be
+# %% ../nbs/42d_plan.ipynb #fff6925f
 Known = Callable[[Cell], dict | None]  # The result of a cell, None while there is none
 
 
@@ -179,14 +179,14 @@ def rate_loss(results: list[dict]) -> float:
 
 def tried_rates(
     plan: Plan, question: Question, budget: str, known: Known
-) -> tuple[dict[float, float], list[Cell]]:  # Losses by rate; the cells that the choice still waits for
+) -> tuple[dict[float, float], list[Cell]]:  # Losses by rate; the cells, done or not, that the choice waits for
     "Replay the choice of a learning rate."
     rates, centre, losses = plan.config.rates, plan.config.optim.lr, {}
     while rates and (todo := next_rates(losses, centre, rates)):
         cells = {rate: rate_cells(plan, question, budget, rate) for rate in todo}
         results = {rate: [known(c) for c in cells[rate]] for rate in todo}
-        if waiting := [c for rate in todo for c, r in zip(cells[rate], results[rate], strict=True) if r is None]:
-            return losses, waiting
+        if any(r is None for part in results.values() for r in part):
+            return losses, [c for part in cells.values() for c in part]
         if any(r["status"] == "refused" for part in results.values() for r in part):
             return {}, []
         losses |= {rate: rate_loss(results[rate]) for rate in todo}

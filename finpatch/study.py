@@ -6,7 +6,7 @@
 __all__ = ['log', 'store_frame', 'store_losses', 'store_predictions', 'store_folds', 'settle', 'interruptible', 'work_through',
            'run_study']
 
-# %% ../nbs/44_study.ipynb #49db2d86
+# %% ../nbs/44_study.ipynb #5e6bb563
 import logging
 import signal
 import threading
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cell import Source, cell_key
+from .cell import Source, cell_key, limited_threads
 from .config import dump_yaml
 from .core import atomic_path, read_json, write_json
 from .lock import exclusive
 from .plan import Plan, StudyConfig, chosen_rate, known_cells, load_study_config
 from .pool import count_study_looks, judge_pool, pool_question, read_predictions, results_table
 from .targets import Task
-from .work import Results, StudyProgress, count_workers, gather, limited_threads, start_workers, work
+from .work import Results, StudyProgress, count_workers, gather, start_workers, work
 
 log = logging.getLogger("finpatch")
 
