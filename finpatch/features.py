@@ -41,10 +41,10 @@ class Feature:
     warmup: int  # Rows, from the first bar, on which it may be NaN
     fn: Callable | None = None  # adjusted bars -> Series; None in shipped tiers
 
-# %% ../nbs/12_features.ipynb #1578a74d
+# %% ../nbs/12_features.ipynb #5feb3f8e
 SHIPPED = {"a20": (a20, tuple(Feature(*row) for row in A20)), "raw6": (raw6, tuple(Feature(*row) for row in RAW6))}
 USER: dict[str, dict[str, Feature]] = {}  # tier -> name -> feature, in order of registration
-WARMUP = 400  # Rows; the same for every tier, so that tiers share their dates
+WARMUP = 500  # Rows; the same for every tier, so that tiers share their dates
 
 # %% ../nbs/12_features.ipynb #a93c6429
 def tier_features(
@@ -84,12 +84,12 @@ def adjusted_bars(
     own = bars[[*BAR_COLUMNS, *(["Adj Close"] if "Adj Close" in bars else [])]].astype(np.float64)
     return forward_adjust(own) if "Adj Close" in own and len(own) else own[list(BAR_COLUMNS)]
 
-# %% ../nbs/12_features.ipynb #a8a69c35
+# %% ../nbs/12_features.ipynb #95dc7b13
 def compute_features(
     bars: pd.DataFrame,  # Unadjusted bars as `load_ohlcv` gives them
     tier: str = "a20",  # a20 | raw6 | one's own
     *,
-    warmup: int | None = None,  # First rows to drop; None is 400, or more if a feature says so
+    warmup: int | None = None,  # First rows to drop; None is 500, or more if a feature says so
 ) -> pd.DataFrame:  # float32, one column per feature, indexed by session
     "Compute the features of a tier, each row from itself and the rows before it."
     features, adjusted = tier_features(tier), adjusted_bars(bars)
