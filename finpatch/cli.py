@@ -61,7 +61,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #1139f581
+# %% ../nbs/50_cli.ipynb #c09a5730
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", answers.train, "finpatch train --config sp500_direction --budget 2m")
@@ -74,10 +74,12 @@ def add_train(parent) -> None:
     p.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     p.add_argument("--seed", type=int, metavar="N")
     p.add_argument("--device", help="auto, cpu, mps or cuda (default: auto)")
-    p.add_argument("--checkpoint-every-s", type=float, default=60.0, metavar="X", help="seconds of work at risk (default: 60)")
+    p.add_argument("--precision", choices=("fp32", "bf16", "auto"), help="default: the config's, fp32")
+    p.add_argument("--checkpoint-every-s", type=float, metavar="X", help="seconds of work at risk (default: the config's, 60)")
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="windows in memory at once")
     p.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: a new one under --runs-dir)")
     p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
+    p.add_argument("--no-tracking", action="store_true", help="leave out the trackers that the config names")
 
 
 def add_use(parent) -> None:
@@ -93,7 +95,8 @@ def add_use(parent) -> None:
     p.add_argument("symbol")
     p.add_argument("--tier", default="a20", help="tier to audit (default: a20)")
     p.add_argument("--cuts", type=int, default=200, metavar="N", help="random cuts (default: 200)")
-    add(parent, "runs", answers.runs, "finpatch runs")
+    p = add(parent, "runs", answers.runs, "finpatch runs runs/RUN runs/ANOTHER")
+    p.add_argument("names", nargs="*", metavar="RUN", help="set these side by side (default: list all)")
 
 # %% ../nbs/50_cli.ipynb #d57fb9a4
 def add_machine(parent) -> None:

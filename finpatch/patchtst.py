@@ -160,7 +160,7 @@ def make_positions(config: PatchTSTConfig) -> Tensor:  # (N, D), a parameter if 
         return nn.Parameter(torch.randn(config.n_patches, config.d_model) * 0.02)
     return nn.Buffer(sincos_table(config.n_patches, config.d_model))
 
-# %% ../nbs/20_patchtst.ipynb #651a3906
+# %% ../nbs/20_patchtst.ipynb #5974eadb
 class Encoder(nn.Module):
     "Patches → positions → layers → norm, from scaled windows to the state of every patch."
 
@@ -171,6 +171,7 @@ class Encoder(nn.Module):
         self.positions = make_positions(c)
         self.encoder = nn.ModuleList(Block(c, fused) for _ in range(c.n_layers))
         self.norm = make_norm(c) if c.final_norm else nn.Identity()
+        self.run_block = nn.Module.__call__  # (block, h) → h
 
     def embed(self, x: Tensor) -> Tensor:  # (R, D)
         "Turn windows (B, T, F) into rows that know their position."
@@ -181,7 +182,7 @@ class Encoder(nn.Module):
         "Embed, apply every layer, normalise."
         h = self.embed(x)
         for block in self.encoder:
-            h = block(h)
+            h = self.run_block(block, h)
         return self.norm(h).view(-1, self.config.n_channels, self.config.n_patches, self.config.d_model)
 
 # %% ../nbs/20_patchtst.ipynb #0680e6a5

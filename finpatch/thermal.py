@@ -130,21 +130,23 @@ class Witness:
         degrees = "" if self.reading.temp_c is None else f" {self.reading.temp_c:.0f} °C"
         return f"{self.level}{degrees}" if self.level != "unknown" else "heat unknown"
 
-# %% ../nbs/32_thermal.ipynb #fb47f1e7
+# %% ../nbs/32_thermal.ipynb #11e8f773
 def choose_later(config: ThermalConfig) -> Sensor:
     "Return a sensor that is chosen when it is first read."
     chosen = functools.cache(lambda: choose_sensor(config))
     return lambda: chosen()()
 
 
-def require_known(reader: SensorThread, config: ThermalConfig) -> None:
+def require_known(reader: SensorThread, config: ThermalConfig) -> Reading:
     "Wait for the first reading; end the reader and raise if it is unknown though one is required."
     reading = reader.first()
     if config.required and grade(reading, config) == "unknown":
         reader.end()
-        raise HardwareError("`thermal.required` needs a temperature", reading.detail, "Set `required: false`.")
+        remedy = "Set `thermal.required: false`, or leave the temperature alone with `--no-thermal`."
+        raise HardwareError("`thermal.required` needs a temperature", reading.detail, remedy)
+    return reading
 
-# %% ../nbs/32_thermal.ipynb #503acb27
+# %% ../nbs/32_thermal.ipynb #c44c803b
 class ThermalCallback(Callback):
     "Hold the run back while the machine is hot; ask to stop when that does not help."
 
@@ -164,9 +166,14 @@ class ThermalCallback(Callback):
         self.sensor = guard(sensor or choose_later(self.config), "sensor")
         self.trace, self.reader, self.lost_s = Trace(path), None, 0.0
 
-    def before_fit(self, trainer: Trainer) -> None:
+    def start(self) -> Reading:
+        "Start to read, and return the first reading; raise if it is unknown though one is required."
         self.reader = self.make_reader(self.sensor, self.config.interval_s, self.clock)
-        require_known(self.reader, self.config)
+        return require_known(self.reader, self.config)
+
+    def before_fit(self, trainer: Trainer) -> None:
+        if self.reader is None:
+            self.start()
         self.heat, self.brake = Witness(self.config, self.reader.latest), Brake(self.config, self.sleep, self.clock)
         self.trace.open()
 
@@ -183,6 +190,7 @@ class ThermalCallback(Callback):
     def after_fit(self, trainer: Trainer) -> None:
         if self.reader is not None:
             self.reader.end()
+            self.reader = None
         self.trace.close()
 
 # %% ../nbs/32_thermal.ipynb #49399597

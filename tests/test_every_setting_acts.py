@@ -6,6 +6,7 @@ Every field of the experiment is changed once, alone, and something that the fie
 import dataclasses
 import itertools
 from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,26 @@ import pytest
 import torch
 
 from finpatch.callbacks import default_callbacks
-from finpatch.config import dump_yaml, load_yaml, parse_config
-from finpatch.core import InputError, NotFoundError
+from finpatch.checkpoint import Checkpoint
+from finpatch.compute import recompute, set_up
+from finpatch.config import dump_yaml, load_yaml, parse_config, plain
+from finpatch.core import HardwareError, InputError, NotFoundError, read_json
 from finpatch.dataset import FinancialDataset, SymbolRows
-from finpatch.experiment import ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig, load_experiment_config
-from finpatch.run import make_model
+from finpatch.experiment import (
+    ComputeConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OptimConfig,
+    SplitsConfig,
+    load_experiment_config,
+)
+from finpatch.run import make_model, override, resume_run, train_run
+from finpatch.sensors import Reading
 from finpatch.targets import Task
-from finpatch.trainer import Trainer
+from finpatch.thermal import ThermalCallback
+from finpatch.thermal_config import ThermalConfig
+from finpatch.tracking import make_trackers, tracked
+from finpatch.trainer import Callback, Trainer
 
 SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
 DAYS = pd.DatetimeIndex(pd.bdate_range("2001-01-01", periods=1200), name="session")
@@ -34,6 +48,7 @@ BASE = ExperimentConfig(
     ),
     optim=OptimConfig(lr=1e-3, epochs=2, warmup_steps=4, patience=None),
 )
+CPU = torch.device("cpu")
 CHANGES = {
     "seed": 1,
     "task": "threshold_1pct",
@@ -62,8 +77,24 @@ CHANGES = {
     "optim.epochs": 3,
     "optim.max_steps": 5,
     "optim.patience": 1,
+    "compute.precision": "bf16",
+    "compute.is_compiled": True,
+    "compute.is_checkpointed": True,
+    "compute.checkpoint_every_s": 7.0,
 }
-REFUSED = {"wandb_project": "p", "mlflow_experiment": "m"}  # no tracker in this version: refused, never ignored
+HEAT = {
+    "thermal.fair_c": 60.0,
+    "thermal.serious_c": 80.0,
+    "thermal.critical_c": 90.0,
+    "thermal.hysteresis_c": 0.0,
+    "thermal.dwell_s": 5.0,
+    "thermal.interval_s": 20.0,
+    "thermal.duty": 0.25,
+    "thermal.max_pause_s": 20.0,
+    "thermal.stop_after_s": 60.0,
+    "thermal.required": True,
+}
+TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
 
 def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConfig:
@@ -74,7 +105,7 @@ def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConf
 
 
 def outcome(config: ExperimentConfig, folder) -> tuple:
-    "Train and return what a reader would see: samples, weights, steps, losses."
+    "Train and return what a reader would see: samples, weights, steps, losses, checkpoints, effective settings."
     rng = np.random.default_rng(0)
     close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, len(DAYS))))
     prices = pd.DataFrame(
@@ -85,12 +116,62 @@ def outcome(config: ExperimentConfig, folder) -> tuple:
     rows = SymbolRows("TOY", DAYS, x, task.labels(prices).to_numpy())
     data = FinancialDataset([rows], ("a", "b", "c"), task, config.splits, config.context_length)
     model = make_model(config, "10k", data)
-    trainer = Trainer(
-        model, data, config.optim, seed=config.seed, callbacks=default_callbacks(folder, config.optim, False)
-    )
-    trainer.fit()
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return weights.sum().item(), trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum()
+    x, _ = data.batch(data.index["train"][: config.optim.global_batch_size])
+    effective = set_up(model, config.compute, x, CPU, backend="eager")
+    checkpoint = Counted(folder / "checkpoints", config.compute.checkpoint_every_s, clock=itertools.count(0.0).__next__)
+    callbacks = [*default_callbacks(folder, config.optim, False), checkpoint]
+    options = {"seed": config.seed, "precision": effective["precision"], "callbacks": callbacks}
+    trainer = Trainer(model, data, config.optim, **options).fit()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).sum().item()
+    seen = (trainer.step, trainer.val_loss, len(data.samples), data.samples["y"].sum())
+    return weights, *seen, checkpoint.n_saved, *effective.items()
+
+
+class Counted(Checkpoint):
+    "A checkpoint whose clock goes on by a second each time it is read, and that counts instead of writing."
+
+    n_saved = 0
+
+    def save(self, trainer):
+        self.n_saved, self.saved_at = self.n_saved + 1, self.clock()
+
+
+class Machine:
+    "A clock, a temperature each ten seconds of it, and a trainer's face; a step works for four seconds."
+
+    temps = (66, 66, 72, 72, 82, 86, 83, 60, 60, 60, 60, 92, 60, 60, 60, 60, *[97] * 40)
+
+    def __init__(self, interval_s):
+        self.interval_s, self.now, self.step, self.stop_reason = interval_s, 0.0, 0, None
+
+    def latest(self):
+        at = self.now // self.interval_s * self.interval_s
+        return Reading(temp_c=self.temps[min(int(at // 10), len(self.temps) - 1)])
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def make_reader(self, *_):
+        return SimpleNamespace(latest=self.latest, first=Reading, end=lambda: None)
+
+    def request_pause(self, reason):
+        self.stop_reason = self.stop_reason or reason
+
+    def emit(self, event): ...
+
+    is_over = property(lambda self: self.stop_reason is not None)
+
+
+def heat_outcome(config: ThermalConfig) -> list:
+    "Return what became of each step under heat; a machine without a sensor if one is required."
+    machine = Machine(config.interval_s)
+    faces = {"sleep": machine.sleep, "clock": lambda: machine.now, "make_reader": machine.make_reader}
+    heat = ThermalCallback(machine.latest, config, **faces)
+    heat.before_fit(machine)
+    while not machine.is_over:
+        machine.now, machine.step = machine.now + 4, machine.step + 1
+        heat.after_step(machine)
+    return list(heat.trace.rows)
 
 
 def all_fields() -> set[str]:
@@ -108,7 +189,7 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(REFUSED) | {"dataset"}  # dataset: test_integration
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(TRACKED) | {"dataset"}  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):
@@ -125,10 +206,91 @@ def test_changing_a_field_changes_the_outcome(key, base, tmp_path):
     assert outcome(config, tmp_path) != reference
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_without_effect_is_refused(key):
+@pytest.mark.parametrize("key", HEAT)
+def test_changing_a_field_of_the_heat_changes_what_becomes_of_a_step(key):
+    changed_config = changed(BASE, key, HEAT[key]).thermal
+    if key == "thermal.required":
+        with pytest.raises(HardwareError, match="thermal.required"):
+            heat_outcome(changed_config)
+    else:
+        assert heat_outcome(changed_config) != heat_outcome(BASE.thermal)
+
+
+class Caught(Exception):
+    pass
+
+
+def test_the_settings_of_compute_and_thermal_reach_the_run(data_dir, tmp_path, monkeypatch):
+    "What is built for a run, by the one path to a run; nothing is trained."
+
+    def catch(model, *_, **options):
+        raise Caught(model, options)
+
+    monkeypatch.setattr("finpatch.run.Trainer", catch)
+    config = override(load_experiment_config("sp500_direction"), precision="bf16", checkpoint_every_s=7.0)
+    config = changed(changed(config, "compute.is_checkpointed", True), "thermal.dwell_s", 5.0)
+    with pytest.raises(Caught) as caught:
+        train_run(config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False)
+    model, options = caught.value.args
+    parts = {type(c): c for c in options["callbacks"]}
+    assert options["precision"] == "bf16" and model.run_block is recompute
+    assert parts[Checkpoint].every_s == 7.0 and parts[ThermalCallback].config == config.thermal
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"]["dwell_s"] == 5.0
+    effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True}
+    assert record["effective"] == effective | {
+        "checkpoint_every_s": 7.0,
+        "heat": parts[ThermalCallback].start().source,
+    }
+    with pytest.raises(Caught) as caught:
+        train_run(override(config, is_cooled=False), "5k", data_dir=data_dir, run_dir=tmp_path / "off")
+    assert ThermalCallback not in {type(c) for c in caught.value.args[1]["callbacks"]}
+    assert read_json(tmp_path / "off" / "run.json")["effective"]["heat"] == "off"
+
+
+class PauseAt(Callback):
+    def after_step(self, trainer):
+        if trainer.step == 2:
+            trainer.request_pause("asked")
+
+
+def test_what_was_asked_is_kept_beside_what_was_done_and_a_resumed_run_keeps_both(data_dir, tmp_path, monkeypatch):
+    "Asked to compile on a machine whose compiler fails, and resumed with a checkpoint each five seconds."
+    monkeypatch.setattr("torch.nn.Module.compile", lambda *_, **__: 1 / 0)
+    config = override(load_experiment_config("sp500_direction"), precision="auto", max_steps=4, is_cooled=False)
+    config = changed(config, "compute.is_compiled", True)
+    options = {"data_dir": data_dir, "is_progress_shown": False}
+    path = train_run(config, "5k", run_dir=tmp_path / "run", callbacks=(PauseAt(),), **options)
+    resume_run(path, checkpoint_every_s=5.0, **options)
+    record = read_json(path / "run.json")
+    assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"] is None
+    first, last = record["effective"], record["sessions"][-1]["effective"]
+    assert (first["precision"], first["is_compiled"], first["checkpoint_every_s"], first["heat"]) == (
+        "fp32",
+        False,
+        60.0,
+        "off",
+    )
+    assert last == first | {"checkpoint_every_s": 5.0}
+    assert read_json(path / "result.json")["is_bitwise"] is True
+
+
+def test_a_file_without_the_newer_sections_has_their_defaults(tmp_path):
+    mapping = plain(BASE)
+    elder = {k: v for k, v in mapping.items() if k not in ("compute", "thermal")}
+    assert parse_config(ExperimentConfig, elder) == BASE
+    assert parse_config(ExperimentConfig, mapping | {"thermal": None}).thermal is None
+
+
+@pytest.mark.parametrize("key", TRACKED)
+def test_naming_a_tracker_makes_it_and_the_record_says_so(key, tmp_path):
+    record, config = {}, changed(BASE, key, TRACKED[key][1])
+    assert make_trackers(BASE, tmp_path) == []
+    with tracked(config, tmp_path, record) as callback:
+        assert [(post.tracker.name, post.tracker.where) for post in callback.posts] == [TRACKED[key]]
+    assert record == {"trackers": [TRACKED[key][0]]}
     with pytest.raises(InputError, match=key):
-        changed(BASE, key, REFUSED[key])
+        changed(BASE, key, "")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -154,6 +316,9 @@ BAD = {
     "out of range": (lambda c: c | {"horizon": 0}, "horizon"),
     "nested out of range": (lambda c: c | {"model": {"dropout": 1.5}}, "`model.dropout` must be ≥ 0"),
     "dates out of order": (lambda c: c | {"splits": c["splits"] | {"val_end": date(2001, 1, 1)}}, "must ascend"),
+    "unknown precision": (lambda c: c | {"compute": {"precision": "bf8"}}, "Did you mean `bf16`"),
+    "unknown setting of heat": (lambda c: c | {"thermal": {"fare_c": 60}}, "`thermal.fare_c`"),
+    "heat out of order": (lambda c: c | {"thermal": {"fair_c": 90.0}}, "must ascend"),
     "unknown task": (lambda c: c | {"task": "directoin"}, "Did you mean `direction`"),
     "unknown choice": (lambda c: c | {"model": {"channel_mode": "mixd"}}, "channel_mode"),
     "bad dataset id": (lambda c: c | {"dataset": "SP500"}, "SYMBOL.dataset.TIER"),
@@ -179,12 +344,12 @@ def test_a_missing_config_names_the_nearest():
 
 def test_defaults_differ_from_the_changes():
     "A change that equals the default would prove nothing."
-    for key, value in CHANGES.items():
+    for key, value in (CHANGES | HEAT).items():
         owner, _, name = key.rpartition(".")
         assert getattr(getattr(BASE, owner) if owner else BASE, name) != value, key
 
 
 def test_model_and_optim_configs_are_covered():
-    owners = {"model": ModelConfig, "optim": OptimConfig, "splits": SplitsConfig}
+    owners = {"model": ModelConfig, "optim": OptimConfig, "splits": SplitsConfig, "compute": ComputeConfig}
     names = itertools.chain(*[[f"{k}.{f.name}" for f in dataclasses.fields(v)] for k, v in owners.items()])
     assert set(names) <= set(CHANGES)

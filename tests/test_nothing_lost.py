@@ -51,9 +51,9 @@ def assert_whole(data, allowed=()):
 
 def write_for_ever(data, seed, started):
     frames = [make_frame(seed + i) for i in range(4)]
-    started.set()
     for i in range(1_000_000):
         store_both(data, frames[i % 4])
+        started.set()
 
 
 def test_twenty_kills_at_random_moments(tmp_path):

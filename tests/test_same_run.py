@@ -112,8 +112,8 @@ def test_a_run_is_usable_without_what_it_does_not_rest_on(copy):
 @pytest.mark.parametrize(
     ("changes", "steps", "reason"),
     [
-        ({"epochs": 1, "max_steps": 1000}, 37, "epochs"),
-        ({"epochs": 1}, 37, "epochs"),
+        ({"epochs": 1, "max_steps": 1000}, 36, "epochs"),
+        ({"epochs": 1}, 36, "epochs"),
         ({"max_steps": 3}, 3, "max_steps"),
     ],
 )

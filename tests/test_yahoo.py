@@ -293,11 +293,18 @@ def test_failures_of_the_fetcher(error, n_tries, words):
 @needs_yfinance
 def test_without_network_one_line_in_seconds(monkeypatch):
     monkeypatch.setattr(yahoo, "getproxies", dict)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))  # a firewall that drops packets
+    over = threading.Event()
+
+    def dropped(*_, **__):  # by a firewall
+        over.wait(60)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", dropped)
     begun = time.monotonic()
     with pytest.raises(InputError, match=r"no connection.*--source file --path FILE.*SP500 and NASDAQ") as caught:
         load_ohlcv("SPY", "yahoo")
     assert time.monotonic() - begun < 10 and "\n" not in str(caught.value)
+    over.set()
 
 
 def test_without_yfinance_the_extra_is_named(monkeypatch):

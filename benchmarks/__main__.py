@@ -1,0 +1,39 @@
+"""`make bench`: run every benchmark, print one table, write RESULTS.md with the machine named.
+
+Speed is shown here and asserted nowhere. Run it on a machine that does nothing else.
+"""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from finpatch.device import describe_machine
+
+from . import trainer_overhead
+
+PARTS = {"trainer": trainer_overhead}
+
+
+def render(rows: list[dict], machine: dict) -> str:
+    "Lay out the table as Markdown."
+    told = ", ".join(f"{key} {value}" for key, value in machine.items())
+    head = ["# Benchmarks", "", "Made by `make bench`; medians, and ratios within one run.", "",
+            f"{datetime.now(UTC):%Y-%m-%d}, {told}.", "", "| work | target | measured | detail |", "|---|---|---|---|"]  # fmt: skip
+    return "\n".join([*head, *("| {work} | {target} | {measured} | {detail} |".format(**row) for row in rows)]) + "\n"
+
+
+def main(names: list[str]) -> None:
+    rows = []
+    for name in names or PARTS:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        rows += PARTS[name].rows()
+    table = render(rows, describe_machine(torch.device("cpu")) | {"torch": torch.__version__.split("+")[0]})
+    print(table)
+    if not names:
+        (Path(__file__).parent / "RESULTS.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
