@@ -103,7 +103,7 @@ def render(node: ast.AST, name: str, lines: list[str], source: str, module: dict
 
 
 def symbols() -> dict[str, str]:
-    "Map each name of the package to its place on the site; a name that two modules use needs its module."
+    "Map each name of the package to its place on the site; of two with one name, that of the module of this name."
     cfg = get_config()
     index = runpy.run_path(str(cfg.lib_path / "_modidx.py"))["d"]["syms"]
     rows = [(module, name, page) for module, names in index.items() for name, (page, _) in names.items()]
@@ -111,7 +111,9 @@ def symbols() -> dict[str, str]:
     found = {}
     for module, name, page in rows:
         own = name.removeprefix(f"{module}.")
-        keys = [name, name.partition(".")[2], own] if short[own] == 1 else [name, name.partition(".")[2]]
+        within = name.partition(".")[2]
+        is_plain = short[own] == 1 or module.endswith(f".{own}")
+        keys = [name, within, own] if is_plain else [name, within]
         found |= dict.fromkeys(keys, f"{cfg.doc_host}{cfg.doc_baseurl}/{page}")
     return found
 
