@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'data_fetch', 'data_build', 'verify', 'budget', 'train', 'check_train_words', 'train_answer', 'predict',
-           'evaluate', 'audit', 'list_run', 'runs', 'doctor', 'thermal']
+           'evaluate', 'audit', 'runs', 'doctor', 'thermal']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
 import argparse
@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> Answer:
     from finpatch.status import newest_unfinished
 
     check_train_words(args)
-    clock = {"checkpoint_every_s": args.checkpoint_every_s, "is_cooled": not args.no_thermal}
+    clock = {"checkpoint_every_s": args.checkpoint_every_s, "is_cooled": not args.no_thermal, "is_tracked": not args.no_tracking}
     if args.resume:
         return train_answer(resume_run(args.run_dir or newest_unfinished(args.runs_dir), args.data_dir, **clock))
     changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision")}
@@ -104,6 +104,7 @@ def check_train_words(args: argparse.Namespace) -> None:
 def train_answer(run_dir: Path) -> Answer:
     "Say how a run ended: finished with its result, or stopped and resumable."
     from finpatch.core import read_json
+    from finpatch.runs import tracked_at
     from finpatch.status import is_done
     from finpatch.table import result_table
 
@@ -118,8 +119,9 @@ def train_answer(run_dir: Path) -> Answer:
     title = f"{result['task']} at {result['budget']}: {result['n_params']:,} parameters, {result['n_steps']} steps"
     if result["resumed_from_step"]:
         title += f", resumed from step {result['resumed_from_step']}"
-    files = f"Run: {run_dir}\nLearning curve: {run_dir / 'learning_curve.png'}"
-    return Answer(result, f"{title}\n\n{result_table(result)}\n\n{files}")
+    files = [f"Run: {run_dir}", f"Learning curve: {run_dir / 'learning_curve.png'}"]
+    files += [f"Tracked by {name}: {where}" for name, where in tracked_at(run_dir).items()]
+    return Answer(result, "\n".join([f"{title}\n\n{result_table(result)}\n", *files]))
 
 # %% ../nbs/49_answers.ipynb #e8341a2a
 def predict(args: argparse.Namespace) -> Answer:
@@ -158,24 +160,15 @@ def audit(args: argparse.Namespace) -> Answer:
     return Answer(report.as_dict(), str(report), int(not report.is_ok))
 
 
-def list_run(record: Path) -> dict:
-    "Show the head of a run's record; one that cannot be read hides no other."
-    from finpatch.status import read_record
-
-    row = {"run_dir": str(record.parent)}
-    try:
-        run = read_record(record.parent)
-        return row | {name: run[name] for name in ("status", "budget", "n_params", "started_utc")}
-    except (InputError, KeyError, TypeError):
-        return row | {"status": "unreadable", "budget": "", "n_params": 0, "started_utc": ""}
-
-
 def runs(args: argparse.Namespace) -> Answer:
-    "List the runs, newest first."
-    records = sorted(Path(args.runs_dir).glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    rows = [list_run(record) for record in records]
-    lines = [f"{r['status']:>10} {r['budget']:>6} {r['n_params']:>12,} {r['started_utc']:>20}  {r['run_dir']}" for r in rows]
-    return Answer({"runs": rows}, "\n".join(lines) or f"no runs in {args.runs_dir}")
+    "List the runs, newest first, or show what differs between some of them."
+    from finpatch.runs import compare_runs, compare_table, find_run, list_runs, runs_table
+
+    if args.names:
+        differing = compare_runs([find_run(name, args.runs_dir) for name in args.names])
+        return Answer(differing, compare_table(differing))
+    rows = list_runs(args.runs_dir)
+    return Answer({"runs": rows}, runs_table(rows) or f"no runs in {args.runs_dir}")
 
 # %% ../nbs/49_answers.ipynb #06eafe7c
 def doctor(args: argparse.Namespace) -> Answer:

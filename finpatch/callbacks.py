@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .core import InputError, atomic_path
 from .experiment import OptimConfig
+from .kinds import sharpness
 from .trainer import Callback, Trainer
 
 # %% ../nbs/31_callbacks.ipynb #5416fc24

@@ -116,17 +116,18 @@ def rows_from_frame(
     x, y = frame[list(names)].to_numpy(np.float32), task.labels(frame[list(PRICES)]).to_numpy(np.float64)
     return SymbolRows(symbol, pd.DatetimeIndex(frame.index), x, y), names
 
-# %% ../nbs/15_dataset.ipynb #8726cd0b
+# %% ../nbs/15_dataset.ipynb #45ed58c3
 def load_dataset(
     config: ExperimentConfig,
     data_dir: Path | str = "data",
     scaler: Scaler | None = None,  # That of a trained run, or None to fit one
     is_checked: bool = True,
+    frames: dict[str, pd.DataFrame] | None = None,  # Already loaded, by symbol; None: load them
 ) -> FinancialDataset:
     "Load the registered data of an experiment."
     task, rows, names = Task(config.task, horizon=config.horizon), [], None
     for name, symbol in zip(config.dataset, config.symbols, strict=True):
-        item, found = rows_from_frame(symbol, load_frame(data_dir, name), task)
+        item, found = rows_from_frame(symbol, load_frame(data_dir, name) if frames is None else frames[symbol], task)
         if names not in (None, found):
             rule = "all symbols must have the same features in one order"
             raise InputError(rule, f"{', '.join(found)} for {name}", "Build them again, in one tier.")

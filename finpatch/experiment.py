@@ -131,8 +131,8 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     thermal: ThermalConfig | None = field(default_factory=ThermalConfig)  # None: the temperature is not watched
-    wandb_project: str | None = None  # Weights & Biases; refused until there is a tracker
-    mlflow_experiment: str | None = None  # MLflow; refused until there is a tracker
+    wandb_project: str | None = None  # Weights & Biases project; None: not tracked there
+    mlflow_experiment: str | None = None  # MLflow experiment; None: not tracked there
 
     def __post_init__(self):
         Task(self.task, horizon=self.horizon)
@@ -140,9 +140,8 @@ class ExperimentConfig:
         check_range("context_length", self.context_length, self.model.patch_length, self.splits.max_context)
         check_tiers(self.dataset)
         for name in ("wandb_project", "mlflow_experiment"):
-            if getattr(self, name) is not None:
-                rule, fix = f"`{name}` must be null: this version has no tracker", "Read metrics.jsonl in the run folder."
-                raise InputError(rule, getattr(self, name), fix)
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise InputError(f"`{name}` must be a name or null", repr(value), "Name it, or leave the line out.")
 
     @property
     def symbols(self) -> tuple[str, ...]:

@@ -136,10 +136,10 @@ def check_names(rows: list[SymbolRows], names: tuple[str, ...], scaler: Scaler |
         other = [n for n in names if n not in scaler.names] or ["another order"]
         raise InputError("a scaler must be of the features it scales", ", ".join(other), "Build the tier of the run.")
 
-# %% ../nbs/14b_samples.ipynb #7353053c
-def check_splits(samples: pd.DataFrame, task: Task) -> None:
+# %% ../nbs/14b_samples.ipynb #cd2a27d2
+def check_splits(samples: pd.DataFrame, task: Task, names: tuple[str, ...] = SPLITS) -> None:
     "Raise `InputError` if a split is too small to train or judge a model."
-    for split in SPLITS:
+    for split in names:
         part = samples[samples["split"] == split]
         order = part["origin"].rank(method="dense").to_numpy(np.int64)
         check_enough(part["y"].to_numpy(), task.horizon, task.kind, order, split)

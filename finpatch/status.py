@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['is_done', 'read_record', 'newest_unfinished']
 
-# %% ../nbs/40b_status.ipynb #ef5727fe
+# %% ../nbs/40b_status.ipynb #ce3fe027
 from pathlib import Path
 
-from .core import NotFoundError, RuleError, read_json
+from .core import InputError, NotFoundError, RuleError, read_json
 
-# %% ../nbs/40b_status.ipynb #a34e4f71
+# %% ../nbs/40b_status.ipynb #80bc52c2
 def is_done(run_dir: Path | str) -> bool:
     "Does the folder hold a whole result?"
     try:
@@ -21,7 +21,9 @@ def is_done(run_dir: Path | str) -> bool:
 
 def read_record(run_dir: Path | str) -> dict:  # run.json; `status` is running, stopped, failed or done
     "Read the record of a run, as it would be had the run not been killed after its result."
-    record = read_json(Path(run_dir) / "run.json")
+    record = read_json(path := Path(run_dir) / "run.json")
+    if not isinstance(record, dict):
+        raise InputError("a run record is a JSON object", f"a {type(record).__name__} in {path}", "Remove the folder.")
     if record.get("status") == "done" or not is_done(run_dir):
         return record
     return {k: v for k, v in record.items() if k != "error"} | {"status": "done"}

@@ -130,7 +130,7 @@ def predict_logits(
 
 
 def mean_loss(trainer: "Trainer", split: str) -> float:
-    "Average the task's loss over all samples of a split."
+    "Average the task's loss over all samples of a split; their logits stay with the trainer, for callbacks."
     dataset = trainer.dataset
     samples, tell = dataset.index[split].to(dataset.row.device), partial(trainer.emit, "after_eval_batch")
     with trainer.autocast():

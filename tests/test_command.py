@@ -170,7 +170,7 @@ def test_train_predict_evaluate_and_the_ledger(run, tmp_path):
     assert again["test"]["log_loss"] == result["test"]["log_loss"]
     assert again["n_test_looks"] == 2
     assert json.loads(run("evaluate", file, "--json")[1])["n_test_looks"] == 3
-    assert run("runs")[1].split()[0] == "done"
+    assert run("runs")[1].splitlines()[1].split()[0] == "done"
 
 
 def test_make_run_works_on_a_fresh_clone(tmp_path):

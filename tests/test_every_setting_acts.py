@@ -32,6 +32,7 @@ from finpatch.sensors import Reading
 from finpatch.targets import Task
 from finpatch.thermal import ThermalCallback
 from finpatch.thermal_config import ThermalConfig
+from finpatch.tracking import make_trackers, tracked
 from finpatch.trainer import Callback, Trainer
 
 SHIPPED = ("sp500_direction", "sp500_threshold_1pct", "sp500_regression", "sp500_log_range", "spy_direction")
@@ -93,7 +94,7 @@ HEAT = {
     "thermal.stop_after_s": 60.0,
     "thermal.required": True,
 }
-REFUSED = {"wandb_project": "p", "mlflow_experiment": "m"}  # no tracker in this version: refused, never ignored
+TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
 
 def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConfig:
@@ -189,7 +190,7 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(HEAT) | set(REFUSED) | {"dataset"}  # dataset: test_integration
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(TRACKED) | {"dataset"}  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):
@@ -282,10 +283,15 @@ def test_a_file_without_the_newer_sections_has_their_defaults(tmp_path):
     assert parse_config(ExperimentConfig, mapping | {"thermal": None}).thermal is None
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_without_effect_is_refused(key):
+@pytest.mark.parametrize("key", TRACKED)
+def test_naming_a_tracker_makes_it_and_the_record_says_so(key, tmp_path):
+    record, config = {}, changed(BASE, key, TRACKED[key][1])
+    assert make_trackers(BASE, tmp_path) == []
+    with tracked(config, tmp_path, record) as callback:
+        assert [(post.tracker.name, post.tracker.where) for post in callback.posts] == [TRACKED[key]]
+    assert record == {"trackers": [TRACKED[key][0]]}
     with pytest.raises(InputError, match=key):
-        changed(BASE, key, REFUSED[key])
+        changed(BASE, key, "")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
