@@ -73,7 +73,7 @@ def budget(args: argparse.Namespace) -> Answer:
     ]
     return Answer(rows, "\n".join([head, *lines]))
 
-# %% ../nbs/49_answers.ipynb #1831fe6d
+# %% ../nbs/49_answers.ipynb #1ce057a0
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget, or go on with a run that was stopped, and show the result."
     from finpatch.experiment import load_experiment_config
@@ -100,7 +100,7 @@ def check_train_words(args: argparse.Namespace) -> None:
     if not args.resume and not (args.config and args.budget):
         args.parser.error("the following arguments are required: --config, --budget")
 
-# %% ../nbs/49_answers.ipynb #d97d785d
+# %% ../nbs/49_answers.ipynb #4155e7f4
 def train_answer(run_dir: Path) -> Answer:
     "Say how a run ended: finished with its result, or stopped and resumable."
     from finpatch.core import read_json
@@ -151,7 +151,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
         result = evaluate_file(args.file, Path(args.data_dir) / "ledger.jsonl", args.horizon)
     return Answer(result, result_table(result))
 
-# %% ../nbs/49_answers.ipynb #c89b5b9b
+# %% ../nbs/49_answers.ipynb #c82be115
 def audit(args: argparse.Namespace) -> Answer:
     "Audit the features of a symbol for look-ahead."
     from finpatch.audit import audit_dataset
@@ -170,12 +170,13 @@ def runs(args: argparse.Namespace) -> Answer:
     rows = list_runs(args.runs_dir)
     return Answer({"runs": rows}, runs_table(rows) or f"no runs in {args.runs_dir}")
 
-# %% ../nbs/49_answers.ipynb #06eafe7c
+# %% ../nbs/49_answers.ipynb #64a6bb07
 def doctor(args: argparse.Namespace) -> Answer:
     "Prove that a device computes what the CPU computes."
     from finpatch.device import choose_device
     from finpatch.doctor import certify
-    from finpatch.thermal import ThermalConfig, choose_sensor, watch
+    from finpatch.sensors import choose_sensor, watch
+    from finpatch.thermal_config import ThermalConfig
 
     heat = next(watch(choose_sensor(ThermalConfig()), ThermalConfig(), n=1))
     certificate = certify(choose_device(args.device), thermal=heat)
@@ -185,7 +186,8 @@ def doctor(args: argparse.Namespace) -> Answer:
 
 def thermal(args: argparse.Namespace) -> Answer:
     "Read the temperature, once or until Ctrl-C with --watch."
-    from finpatch.thermal import ThermalConfig, choose_sensor, watch
+    from finpatch.sensors import choose_sensor, watch
+    from finpatch.thermal_config import ThermalConfig
 
     config, row = ThermalConfig(), None
     for row in watch(choose_sensor(config), config, n=None if args.watch else 1):

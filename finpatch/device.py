@@ -59,14 +59,18 @@ def set_draws(device: torch.device, states: tuple[torch.Tensor, ...]) -> None:
     for state in states[1:]:
         getattr(torch, device.type).set_rng_state(state, device)
 
-# %% ../nbs/22_device.ipynb #259362b4
+# %% ../nbs/22_device.ipynb #2a45173e
 GIB = 2**30
 
 
 def peak_mem_gib() -> float:
     "Return the peak resident memory of this process, GiB."
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
+    try:
+        kib = int(Path("/proc/self/status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kib = peak / 1024 if sys.platform == "darwin" else peak
+    return kib * 1024 / GIB
 
 
 def read_memory(device: torch.device) -> dict[str, float | str]:  # total_gib, available_gib, source

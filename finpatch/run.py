@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Job', 'prepare', 'assemble', 'execute', 'train_run', 'override', 'Run', 'load_run', 'resume_run']
 
-# %% ../nbs/42_run.ipynb #c2029ca2
+# %% ../nbs/42_run.ipynb #c7fcb0be
 import json
 import logging
 import shutil
@@ -33,7 +33,7 @@ from .record import check_files, check_same, is_same_machine, make_record
 from .record import new_run_dir, open_run_dir, recorded, weights_sha256
 from .status import is_done, newest_unfinished, read_record
 from .targets import Task
-from .thermal import ThermalCallback
+from .thermal import watched
 from .tracking import check_trackers, tracked
 from .trainer import Trainer
 
@@ -86,7 +86,7 @@ def assemble(
     record |= {"certificate": certificate, "effective": effective | {"is_fused": certificate["is_fused"]}}
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #9321505f
+# %% ../nbs/42_run.ipynb #9e822e12
 def execute(
     job: Job,
     run_dir: Path,
@@ -103,16 +103,16 @@ def execute(
     every_s = job.config.compute.checkpoint_every_s if every_s is None else every_s
     check_disk(job.record["n_params"], run_dir)
     appended = (run_dir / "metrics.jsonl", run_dir / "thermal.jsonl")
-    heat = [] if thermal is None else [ThermalCallback(config=thermal, path=appended[1])]
     effective = [job.record, *job.record.get("sessions", [])][-1]["effective"]  # of this session
-    effective |= {"checkpoint_every_s": every_s, "heat": heat[0].start() if heat else "off"}
-    kept = [PauseOnSignal(run_dir / "STOP"), Checkpoint(folder, every_s, appended), *heat, *callbacks]
+    effective["checkpoint_every_s"] = every_s
+    kept = [PauseOnSignal(run_dir / "STOP"), Checkpoint(folder, every_s, appended), *callbacks]
     options = {"seed": job.config.seed, "device": job.device, "micro_batch_size": job.record["micro_batch_size"]}
     options["precision"] = effective["precision"]
     callbacks = default_callbacks(run_dir, optim, is_progress_shown) + kept
     tracking = tracked(job.config, run_dir, job.record, is_tracked)
-    with exclusive(folder, timeout_s=1), tracking as tracker, recorded(run_dir, job.config, job.record) as ended:
-        trainer = Trainer(job.model, job.dataset, optim, callbacks=[*callbacks, tracker], **options)
+    cooled, recording = watched(thermal, appended[1], effective), recorded(run_dir, job.config, job.record)
+    with cooled as heat, exclusive(folder, timeout_s=1), tracking as tracker, recording as ended:
+        trainer = Trainer(job.model, job.dataset, optim, callbacks=[*callbacks, *heat, tracker], **options)
         resumed_from = load_checkpoint(trainer, folder, appended)
         trainer.fit()
         if trainer.is_paused:
@@ -127,7 +127,7 @@ def execute(
     shutil.rmtree(folder, ignore_errors=True)  # the best and the last weights stay
     return run_dir
 
-# %% ../nbs/42_run.ipynb #ed06d263
+# %% ../nbs/42_run.ipynb #0cca88b3
 def train_run(
     config: ExperimentConfig | str | Path,  # An experiment, its shipped name, or a path
     budget: str,  # "2m", "20m", "200m" or any other size
@@ -150,7 +150,7 @@ def train_run(
     run_dir = open_run_dir(run_dir) if run_dir else new_run_dir(runs_dir, name or config.task, budget, config.seed)
     return execute(job, run_dir, is_progress_shown, **options)
 
-# %% ../nbs/42_run.ipynb #48934f6d
+# %% ../nbs/42_run.ipynb #e13731e9
 def override(
     config: ExperimentConfig,
     *,
@@ -211,7 +211,7 @@ def load_run(
     dataset = None if data_dir is None else load_dataset(config, data_dir, scaler)
     return Run(run_dir, config, record, model, scaler, Task(config.task, horizon=config.horizon), dataset)
 
-# %% ../nbs/42_run.ipynb #1ba486ee
+# %% ../nbs/42_run.ipynb #77d65ae6
 def resume_run(
     run_dir: Path | str,
     data_dir: Path | str = "data",

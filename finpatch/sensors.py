@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['LEVELS', 'Sensor', 'PRESSURE', 'CPU_CHIPS', 'SW_THERMAL', 'HW_THERMAL', 'HW_SLOWDOWN', 'HW_BRAKE', 'OPENERS',
            'Reading', 'as_temp', 'grade', 'refuse', 'open_macos', 'open_linux', 'throttle_level', 'read_gpu',
-           'open_nvidia', 'open_macmon', 'guard', 'merge', 'choose_sensor']
+           'open_nvidia', 'open_macmon', 'guard', 'merge', 'choose_sensor', 'watch']
 
-# %% ../nbs/31b_sensors.ipynb #ad96b5d8
+# %% ../nbs/31b_sensors.ipynb #07eb11f8
 import ctypes
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import psutil
@@ -211,3 +212,19 @@ def choose_sensor(
     if not found:
         return lambda: Reading(detail="; ".join(reasons))
     return lambda: merge([sensor() for sensor in found], config)
+
+# %% ../nbs/31b_sensors.ipynb #49399597
+def watch(
+    sensor: Sensor,
+    config: ThermalConfig,
+    sleep: Callable[[float], None] = time.sleep,
+    n: int | None = None,  # Readings; None: until the reader has seen enough
+) -> Iterator[dict]:  # source, level, temp_c, detail
+    "Yield a reading every `interval_s`."
+    count = 0
+    while n is None or count < n:
+        if count:
+            sleep(config.interval_s)
+        reading, count = guard(sensor, "sensor")(), count + 1
+        row = {"source": reading.source, "level": grade(reading, config), "temp_c": reading.temp_c}
+        yield row | {"detail": reading.detail}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'NO_HEAT', 'keep_reading', 'SensorThread', 'wait_for_device', 'Brake', 'Witness', 'choose_later',
-           'require_known', 'join_heat', 'Watched', 'ThermalCallback', 'watch']
+           'require_known', 'join_heat', 'Watched', 'ThermalCallback', 'watched']
 
-# %% ../nbs/32_thermal.ipynb #4c4d1038
+# %% ../nbs/32_thermal.ipynb #9a6223d0
 import functools
 import logging
 import math
@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def keep_reading(sensor: Sensor, interval_s: float, clock: Callable, box: list, 
         if stop.wait(interval_s):
             return
 
-# %% ../nbs/32_thermal.ipynb #7f7c9076
+# %% ../nbs/32_thermal.ipynb #6eaffce4
 class SensorThread:
     "The last reading of a sensor, taken on a daemon thread."
 
@@ -44,8 +45,11 @@ class SensorThread:
         self.box, self.stop, self.interval_s, self.clock = [None], threading.Event(), interval_s, clock
         arguments = (sensor, interval_s, clock, self.box, self.stop)
         self.thread = threading.Thread(target=keep_reading, args=arguments, name="finpatch-thermal", daemon=True)
-        self.thread.start()
         weakref.finalize(self, self.stop.set)
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # no more threads for this user: unknown, as any other reason
+            self.box[0] = (Reading(detail=str(error)), clock())
 
     def latest(self) -> Reading:
         "Return the last reading, or an unknown one if it is too old to count."
@@ -64,7 +68,8 @@ class SensorThread:
     def end(self) -> None:
         "Stop the thread; one that hangs in its sensor is left to the interpreter's end."
         self.stop.set()
-        self.thread.join(timeout=1.0)
+        if self.thread.is_alive():
+            self.thread.join(timeout=1.0)
 
 # %% ../nbs/32_thermal.ipynb #9d3e8855
 def wait_for_device() -> None:
@@ -157,7 +162,7 @@ def join_heat(a: dict, b: dict) -> dict:  # level, temp_c, lost_s
     level = max(a["level"], b["level"], key=LEVELS.index)
     return {"level": level, "temp_c": max(temps, default=None), "lost_s": round(a["lost_s"] + b["lost_s"], 3)}
 
-# %% ../nbs/32_thermal.ipynb #ed05d5c9
+# %% ../nbs/32_thermal.ipynb #84c863fd
 class Watched(Callback):
     "The part of the callback that reads the heat and shows it."
 
@@ -184,11 +189,15 @@ class Watched(Callback):
     def while_waiting(self, trainer: Trainer) -> None:
         trainer.shown["heat"] = f"{self.brake.action}: {self.heat}"
 
-    def after_fit(self, trainer: Trainer) -> None:
+    def close(self) -> None:
+        "Stop to read."
         if self.reader is not None:
             self.reader.end()
             self.reader = None
         self.trace.close()
+
+    def after_fit(self, trainer: Trainer) -> None:
+        self.close()
 
 # %% ../nbs/32_thermal.ipynb #72d3a578
 class ThermalCallback(Watched):
@@ -222,18 +231,18 @@ class ThermalCallback(Watched):
         trainer.extra |= join_heat(NO_HEAT | trainer.extra, row)
         self.lost_s += lost_s
 
-# %% ../nbs/32_thermal.ipynb #49399597
-def watch(
-    sensor: Sensor,
-    config: ThermalConfig,
-    sleep: Callable[[float], None] = time.sleep,
-    n: int | None = None,  # Readings; None: until the reader has seen enough
-) -> Iterator[dict]:  # source, level, temp_c, detail
-    "Yield a reading every `interval_s`."
-    count = 0
-    while n is None or count < n:
-        if count:
-            sleep(config.interval_s)
-        reading, count = guard(sensor, "sensor")(), count + 1
-        row = {"source": reading.source, "level": grade(reading, config), "temp_c": reading.temp_c}
-        yield row | {"detail": reading.detail}
+# %% ../nbs/32_thermal.ipynb #1bbc0440
+@contextmanager
+def watched(
+    config: ThermalConfig | None,  # None: the temperature is left alone
+    path: Path | str,  # JSONL file for the trace
+    noted: dict,  # The source is put under `heat`; "off": none was asked for
+) -> Iterator[list[ThermalCallback]]:  # One, or none
+    "Give the callback of a run, already reading; stop reading at the end, whatever that is."
+    heat = [] if config is None else [ThermalCallback(config=config, path=path)]
+    try:
+        noted["heat"] = heat[0].start() if heat else "off"
+        yield heat
+    finally:
+        for callback in heat:
+            callback.close()

@@ -239,10 +239,9 @@ def test_the_settings_of_compute_and_thermal_reach_the_run(data_dir, tmp_path, m
     record = read_json(tmp_path / "run" / "run.json")
     assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"]["dwell_s"] == 5.0
     effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True}
-    assert record["effective"] == effective | {
-        "checkpoint_every_s": 7.0,
-        "heat": parts[ThermalCallback].start(),
-    }
+    heat = parts[ThermalCallback].start()
+    parts[ThermalCallback].close()
+    assert record["effective"] == effective | {"checkpoint_every_s": 7.0, "heat": heat}
     with pytest.raises(Caught) as caught:
         train_run(override(config, is_cooled=False), "5k", data_dir=data_dir, run_dir=tmp_path / "off")
     assert ThermalCallback not in {type(c) for c in caught.value.args[1]["callbacks"]}

@@ -156,7 +156,7 @@ def test_a_stop_inside_a_step_a_validation_or_the_last_one_changes_nothing(data_
     assert_same(path, whole)
 
 
-def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done(data_dir, tmp_path):
+def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done(data_dir, tmp_path, capsys):
     context, path = multiprocessing.get_context("forkserver"), tmp_path / "runs" / "run"
     child = context.Process(target=die_after_the_result, args=(path, data_dir))
     child.start()
@@ -168,8 +168,8 @@ def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done
         newest_unfinished(tmp_path / "runs")
     with pytest.raises(InputError, match="got a finished one"):
         resume_run(path, data_dir)
-    words = [sys.executable, "-m", "finpatch", "runs", "--runs-dir", str(tmp_path / "runs")]
-    assert subprocess.run(words, capture_output=True, text=True).stdout.split()[0] == "done"
+    assert main(["runs", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
+    assert [row["status"] for row in json.loads(capsys.readouterr().out)["runs"]] == ["done"]
 
 
 def die_after_the_result(run_dir, data_dir):

@@ -357,6 +357,24 @@ def test_no_thread_is_left_behind():
     assert not heat_threads()
 
 
+def test_a_run_that_fails_before_it_trains_leaves_no_thread(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("finpatch.run.Trainer", lambda *_, **__: 1 / 0)
+    config = override(load_experiment_config("sp500_direction"), max_steps=3)
+    with pytest.raises(ZeroDivisionError):
+        train_run(config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", device="cpu")
+    assert not heat_threads()
+
+
+def test_a_machine_that_gives_no_more_threads_is_one_without_a_temperature(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    heat = ThermalCallback(lambda: Reading(temp_c=50.0))
+    assert fit(heat, epochs=1).stop_reason is None
+    assert {r["level"] for r in heat.trace.rows} == {"unknown"}
+
+
 def test_required_refuses_and_leaves_no_thread():
     def gone():
         raise OSError("driver gone")
