@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_VALUES', 'Interval', 'n_cosines', 'mean_interval', 'check_series', 'share_below', 'auc_influence', 'mean_above',
-           'rank_ic_influence', 'r2_influence', 'influence_interval', 'calibration_influence']
+           'rank_ic_influence', 'r2_influence', 'influence_interval', 'log_odds', 'logit_line', 'straight_line',
+           'calibration_influence']
 
 # %% ../nbs/39_interval.ipynb #f3eb375a
 from typing import NamedTuple
@@ -136,16 +137,22 @@ def influence_interval(
     value, psi = statistic
     return mean_interval(value + psi, horizon, level) if np.isfinite(value) else Interval(*[float("nan")] * 3)
 
-# %% ../nbs/39_interval.ipynb #e28fa90d
-def calibration_influence(
+# %% ../nbs/39_interval.ipynb #0cfaa929
+def log_odds(p: ArrayLike) -> np.ndarray:  # float64, finite
+    "Return the logit of probabilities, certain ones cut at 1e-12."
+    p = np.clip(np.asarray(p, dtype=np.float64), 1e-12, 1 - 1e-12)
+    return np.log(p) - np.log1p(-p)
+
+# %% ../nbs/39_interval.ipynb #d1b80cd5
+def logit_line(
     y: ArrayLike,  # 0 or 1
     p: ArrayLike,  # Probabilities
-) -> tuple[float, np.ndarray]:  # b, NaN for a constant forecast; ψ per row, mean zero
-    "Return the slope of the outcome on the log odds of the forecast, and each row's influence on it."
-    y, p = np.asarray(y, dtype=np.float64), np.clip(np.asarray(p, dtype=np.float64), 1e-12, 1 - 1e-12)
-    odds = np.log(p) - np.log1p(-p)
+) -> tuple[float, float, np.ndarray]:  # a, b, NaN where there is no line; ψ of b per row, mean zero
+    "Fit the line of the outcome on the log odds of the forecast."
+    y, odds = np.asarray(y, dtype=np.float64), log_odds(p)
+    none = float("nan"), float("nan"), np.full(len(y), np.nan)
     if np.ptp(odds) < 1e-9:
-        return float("nan"), np.full(len(y), np.nan)
+        return none
     x = np.stack([np.ones_like(odds), (odds - odds.mean()) / odds.std()])  # (2, n)
     beta = np.zeros(2)
     for _ in range(50):
@@ -153,7 +160,31 @@ def calibration_influence(
         steps = np.linalg.solve((x * fitted * (1 - fitted)) @ x.T / len(y), x * (y - fitted))  # (2, n)
         beta = beta + steps.mean(axis=1)
         if np.abs(steps.mean(axis=1)).max() < 1e-10:
-            return float(beta[1] / odds.std()), steps[1] / odds.std()
+            b = beta[1] / odds.std()
+            return float(beta[0] - b * odds.mean()), float(b), steps[1] / odds.std()
         if np.abs(beta).max() > 30:  # the forecast separates the classes: no finite slope
             break
-    return float("nan"), np.full(len(y), np.nan)
+    return none
+
+# %% ../nbs/39_interval.ipynb #22d2cf57
+def straight_line(
+    y: ArrayLike,  # Outcomes
+    p: ArrayLike,  # Forecasts
+) -> tuple[float, float, np.ndarray]:  # a, b, NaN for a constant forecast; ψ of b per row, mean zero
+    "Fit the line of the outcome on the forecast."
+    y, p = np.asarray(y, dtype=np.float64), np.asarray(p, dtype=np.float64)
+    centred, variance = p - p.mean(), p.var()
+    if np.ptp(p) < 1e-9:
+        return float("nan"), float("nan"), np.full(len(y), np.nan)
+    b = float((centred * y).mean() / variance)
+    a = float(y.mean() - b * p.mean())
+    return a, b, centred * (y - a - b * p) / variance
+
+# %% ../nbs/39_interval.ipynb #a24a1776
+def calibration_influence(
+    y: ArrayLike,  # Outcomes
+    p: ArrayLike,  # Forecasts
+    binary: bool = True,  # Probabilities of a 0 or 1?
+) -> tuple[float, np.ndarray]:  # b, NaN where there is no line; ψ per row, mean zero
+    "Return the slope of the outcome on the forecast, on its log odds for probabilities, and each row's influence."
+    return (logit_line if binary else straight_line)(y, p)[1:]

@@ -7,7 +7,7 @@ __all__ = ['Known', 'OVERHEAD', 'AxesConfig', 'EffectConfig', 'StudyConfig', 'lo
            'rate_cells', 'study_cells', 'baseline_cells', 'rate_loss', 'tried_rates', 'chosen_rate', 'known_cells',
            'count_cells', 'cell_cost']
 
-# %% ../nbs/42d_plan.ipynb #b5f72143
+# %% ../nbs/42d_plan.ipynb #3dc0d422
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,12 @@ from .cell import Cell, Source
 from .config import check_range, find_config, load_yaml, parse_config
 from .core import InputError
 from .cost import flops_per_sample
-from .experiment import ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig
+from .experiment import ComputeConfig, ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig
 from .folds import FoldsConfig, common_sessions, make_folds
 from .model_config import PatchTSTConfig
 from .rates import RatesConfig, best_rate, next_rates
 from .targets import Task
+from .thermal_config import ThermalConfig
 
 # %% ../nbs/42d_plan.ipynb #d186ca3d
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class EffectConfig:
         check_range("effect.nats", self.nats, 0, is_open=True)
         check_range("effect.r2", self.r2, 0, is_open=True)
 
-# %% ../nbs/42d_plan.ipynb #80ed44c1
+# %% ../nbs/42d_plan.ipynb #815d5e11
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     "A study: everything that decides its cells and its verdict."
@@ -79,6 +80,8 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rates: RatesConfig | None = field(default_factory=RatesConfig)  # None: every budget uses `optim.lr`
     effect: EffectConfig = field(default_factory=EffectConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    thermal: ThermalConfig | None = field(default_factory=ThermalConfig)  # None: the temperature is not watched
 
     def __post_init__(self):
         if self.optim.patience is None:
@@ -116,7 +119,7 @@ def questions(config: StudyConfig) -> list[Question]:
     axes = config.axes
     return [Question(*values) for values in product(axes.tasks, axes.tiers, axes.horizons, axes.contexts)]
 
-# %% ../nbs/42d_plan.ipynb #3981a342
+# %% ../nbs/42d_plan.ipynb #8d0ee8f0
 class Plan:
     "The cells of a study on verified data."
 
@@ -131,7 +134,8 @@ class Plan:
     def experiment(self, question: Question, splits: SplitsConfig, seed: int, lr: float) -> ExperimentConfig:
         "Return the config of one run."
         what = {"task": question.task, "horizon": question.horizon, "context_length": question.context_length}
-        how = {"optim": replace(self.config.optim, lr=lr), "model": self.config.model}
+        how = {k: getattr(self.config, k) for k in ("model", "compute", "thermal")}
+        how["optim"] = replace(self.config.optim, lr=lr)
         return ExperimentConfig(seed=seed, dataset=self.dataset(question), splits=splits, **what, **how)
 
     def folds(self, question: Question) -> tuple[SplitsConfig, ...]:

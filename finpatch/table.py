@@ -8,17 +8,19 @@ __all__ = ['ASIDE', 'cell', 'result_frame', 'skill_sentence', 'aside_lines', 'sp
 # %% ../nbs/39c_table.ipynb #e2cabcd8
 import pandas as pd
 
-# %% ../nbs/39c_table.ipynb #152406c4
+# %% ../nbs/39c_table.ipynb #7e02601f
 def cell(
     metric: dict | None,  # {"value", "low", "high"}, or None where the metric does not apply
 ) -> str:  # e.g. "0.6921 ± 0.0019"
     "Write a metric and half the width of its interval."
     if metric is None or metric["value"] is None or metric["value"] != metric["value"]:
         return "–"
+    if metric["high"] is None or metric["high"] != metric["high"]:
+        return f"{metric['value']:.4f}"
     return f"{metric['value']:.4f} ± {(metric['high'] - metric['low']) / 2:.4f}"
 
-# %% ../nbs/39c_table.ipynb #6a1b19da
-ASIDE = ("base_rate", "calibration_slope")  # one number per split, not one per row
+# %% ../nbs/39c_table.ipynb #d146aad6
+ASIDE = ("base_rate", "calibration_slope", "balanced_accuracy", "precision", "recall")  # in lines below the table
 
 # %% ../nbs/39c_table.ipynb #6caf5538
 def result_frame(
@@ -46,13 +48,22 @@ def skill_sentence(result: dict, split: str) -> str:
         finding = "worse than it" if skill["high"] < 0 else "not told apart from it"
     return f"skill over {name} (best baseline, {chosen}): {cell(skill)} {unit}, {finding}"
 
-# %% ../nbs/39c_table.ipynb #eb9aa39f
-def aside_lines(result: dict, split: str) -> list[str]:  # One, and for probabilities a second
-    "Say whether the forecasts move with the outcome, and how bold they are."
-    lines = [f"Clark–West against the prior: {cell(result['clark_west'][split])} (above 0: moves with the outcome)"]
-    if "calibration_slope" in result[split]:
-        slope = cell(result[split]["calibration_slope"])
-        lines.append(f"calibration slope: {slope} (1: calibrated, below: too bold, 0: noise)")
+# %% ../nbs/39c_table.ipynb #41ecdf10
+def aside_lines(result: dict, split: str) -> list[str]:
+    "Say whether the forecasts move with the outcome, how bold they are, and what is left once that is corrected."
+    scores, prior = result[split], cell(result["skill"]["prior"][split])
+    lines = [f"Clark–West against the prior: {cell(result['clark_west'][split])} (above 0: moves with the outcome), skill {prior}"]
+    if "calibration_slope" in scores:
+        text = f"calibration slope: {cell(scores['calibration_slope'])} (1: calibrated, below: too bold, 0: noise)"
+        error = result.get("calibration", {}).get(split)
+        lines.append(text + (f", error {error['ece']:.3f} ({error['ece_floor']:.3f} by noise alone)" if error else ""))
+    if counts := result.get("counts", {}).get(split):
+        calls = f"calls p ≥ ½: {counts['tp'] + counts['fp']} of {sum(counts.values())}"
+        shares = [f"{name.replace('_', ' ')} {cell(scores[name])}" for name in ("precision", "recall", "balanced_accuracy")]
+        lines.append(", ".join([calls, *shares]))
+    if split == "test" and result.get("recalibrated"):
+        (name, loss), (_, skill) = result["recalibrated"]["test"].items()
+        lines.append(f"recalibrated on validation: {name} {cell(loss)}, skill {cell(skill)}")
     return lines
 
 # %% ../nbs/39c_table.ipynb #76acc6bf
@@ -65,7 +76,7 @@ def split_header(result: dict, split: str) -> str:
         text += f", base rate {result[split]['base_rate']['value']:.3f}"
     return text + (f", looked at {looks} time{'s' * (looks != 1)}" if split == "test" and looks else "")
 
-# %% ../nbs/39c_table.ipynb #2cc83f9d
+# %% ../nbs/39c_table.ipynb #6335aa20
 def result_table(
     result: dict,  # From `evaluate_predictions`, with `n_test_looks` if the look was recorded
 ) -> str:  # Lines for a terminal
@@ -79,7 +90,7 @@ def result_table(
     lines += [f"alarm  {alarm['name']} on {alarm['split']}: {alarm['found']}" for alarm in result["alarms"]]
     lines.append("± is half of a 95 % interval. Skill is the baseline's loss minus the model's: above 0 is better.")
     if result.get("val"):
-        lines.append("Choices were made on val (best baseline and its penalty, in a run the epoch): it flatters. Judge by test.")
+        lines.append("Choices were made on val (best baseline and its settings, in a run the epoch): it flatters. Judge by test.")
     return "\n".join(lines)
 
 # %% ../nbs/39c_table.ipynb #b60ae315

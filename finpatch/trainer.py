@@ -100,7 +100,7 @@ def update(trainer: "Trainer") -> None:
     trainer.optimizer.found_inf = is_bad.float()
     trainer.optimizer.step()
 
-# %% ../nbs/30_trainer.ipynb #d469ccef
+# %% ../nbs/30_trainer.ipynb #9aa690fa
 @torch.no_grad()
 def predict_logits(
     model: torch.nn.Module,
@@ -116,11 +116,11 @@ def predict_logits(
 
 
 def mean_loss(trainer: "Trainer", split: str) -> float:
-    "Average the task's loss over all samples of a split."
+    "Average the task's loss over all samples of a split; their logits stay with the trainer, for callbacks."
     dataset = trainer.dataset
     samples = dataset.index[split].to(dataset.row.device)
     with trainer.autocast():
-        logits = predict_logits(trainer.model, dataset, dataset.row[samples])  # (n,)
+        logits = trainer.split_logits = predict_logits(trainer.model, dataset, dataset.row[samples])  # (n,)
     return dataset.task.loss(logits[:, None], dataset.y[samples].cpu()).double().mean().item()
 
 # %% ../nbs/30_trainer.ipynb #c6cb0b2a
