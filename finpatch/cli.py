@@ -61,7 +61,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #c09a5730
+# %% ../nbs/50_cli.ipynb #1996e4b8
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", answers.train, "finpatch train --config sp500_direction --budget 2m")
@@ -106,7 +106,7 @@ def add_machine(parent) -> None:
     p = add(parent, "thermal", answers.thermal, "finpatch thermal --watch")
     p.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
 
-# %% ../nbs/50_cli.ipynb #62d8b4b9
+# %% ../nbs/50_cli.ipynb #d4f75604
 def make_parser() -> Parser:
     "Make the parser of the whole command."
     from finpatch import __version__
@@ -118,6 +118,9 @@ def make_parser() -> Parser:
     add(parent, "verify", answers.verify, "finpatch verify")
     p = add(parent, "budget", answers.budget, "finpatch budget 2m 20m 200m --json")
     p.add_argument("budgets", nargs="*", metavar="BUDGET", help="2m, 20m, 200m or any number (default: all three)")
+    p = add(parent, "power", answers.power, "finpatch power --config sp500_direction")
+    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="an experiment or a study")
+    p.add_argument("--budgets", metavar="B,B,…", help="sizes to compare (default: the study's, or 2m,20m,200m)")
     add_train(parent)
     add_use(parent)
     add_machine(parent)

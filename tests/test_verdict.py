@@ -4,11 +4,14 @@ The notebooks show each verdict on one ladder. Here are the rates over thousands
 losses, and what must be refused. Every rate comes from seed 0.
 """
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,3 +234,35 @@ def test_no_torch_is_needed():
     code = "import sys; import finpatch.scaling, finpatch.synthetic; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_power_is_answered_before_there_is_data(tmp_path, capsys):
+    from finpatch.cli import main
+
+    where = ["--data-dir", str(tmp_path), "--config", "sp500_direction"]
+    assert main(["power", *where, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_days"], found["n_spans"], found["counted_on"], found["is_enough"]) == (754, 754, "calendar", False)
+    assert "cannot separate budgets" in found["sentence"] and found["pair"] == pytest.approx(0.0061, abs=5e-5)
+    assert main(["power", *where, "--budgets", "10k,30k,100k"]) == 0
+    assert "budgets 10k, 30k, 100k" in capsys.readouterr().out
+    assert main(["power", *where, "--budgets", "10k"]) == 1
+    assert "two or more sizes" in capsys.readouterr().err
+
+
+def test_power_refuses_data_that_was_changed_and_reads_no_test_label(data_dir, tmp_path):
+    from finpatch.manifest import load_frame
+    from finpatch.power import answer_question, questions_of, test_days
+
+    asked = questions_of("sp500_threshold_1pct")[0]
+    frame = load_frame(data_dir, "SP500.dataset.a20")
+    moved = frame.copy()
+    late = moved.index > pd.Timestamp(asked.spans.val_end)
+    moved.loc[late, ["Open", "High", "Low", "Close"]] *= np.exp(np.linspace(0, 3, late.sum()))[:, None]
+    assert test_days(asked, {"SP500": moved}) == test_days(asked, {"SP500": frame})
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / "processed" / "SP500.dataset.a20.v1.parquet"
+    stored = pd.read_parquet(path)
+    stored.assign(Close=stored["Close"] * 1.01).to_parquet(path, index=False)
+    with pytest.raises(InputError, match="must have the content"):
+        answer_question(asked, tmp_path / "data")
