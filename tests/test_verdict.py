@@ -22,7 +22,8 @@ from finpatch.scaling import comparisons, verdict
 
 X = np.array([4.0, 4.5, 5.0, 5.5, 6.0])
 SIZES, SEEDS = 10**X, 3
-BY_SIZE, BY_SEED, LUCK = 0.05, 0.05, 0.002  # standard deviations: day × size, day × size × seed, a seed's own offset
+MIXED = (0.05, 0.05, 0.004)  # standard deviations: day × size, day × size × seed, a seed's own offset
+QUARREL = (0.0, 0.05, 0.0)  # seeds disagree from day to day, in no direction, as models that found nothing do
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 
@@ -32,23 +33,23 @@ def overlapping(rng, shape, n, h):
     return (shocks[..., h:] - shocks[..., :-h]) / math.sqrt(h)
 
 
-def null_losses(rng, n, h):
+def null_losses(rng, n, h, world=MIXED):
     "Losses (sizes, seeds, sessions) in which size does nothing."
-    k = len(SIZES)
-    days = 0.69 + 0.1 * overlapping(rng, (1, 1), n, h) + BY_SIZE * overlapping(rng, (k, 1), n, h)
-    return days + BY_SEED * overlapping(rng, (k, SEEDS), n, h) + LUCK * rng.standard_normal((k, SEEDS, 1))
+    k, (by_size, by_seed, luck) = len(SIZES), world
+    days = 0.69 + 0.1 * overlapping(rng, (1, 1), n, h) + by_size * overlapping(rng, (k, 1), n, h)
+    return days + by_seed * overlapping(rng, (k, SEEDS), n, h) + luck * rng.standard_normal((k, SEEDS, 1))
 
 
-def true_se(n, h):
+def true_se(n, h, world=MIXED):
     "The standard error of the slope that `null_losses` has."
-    w = (X - X.mean()) / ((X - X.mean()) ** 2).sum()
-    return math.sqrt((w**2).sum() * ((BY_SIZE**2 + BY_SEED**2 / SEEDS) * h / n + LUCK**2 / SEEDS))
+    w, (by_size, by_seed, luck) = (X - X.mean()) / ((X - X.mean()) ** 2).sum(), world
+    return math.sqrt((w**2).sum() * ((by_size**2 + by_seed**2 / SEEDS) * h / n + luck**2 / SEEDS))
 
 
-def names(n_panels, n, h, slope=0.0):
+def names(n_panels, n, h, world=MIXED, slope=0.0):
     rng = np.random.default_rng(0)
     tilt = slope * (X - X.mean())[:, None, None]
-    return [verdict(null_losses(rng, n, h) + tilt, SIZES, horizon=h)["verdict"] for _ in range(n_panels)]
+    return [verdict(null_losses(rng, n, h, world) + tilt, SIZES, horizon=h)["verdict"] for _ in range(n_panels)]
 
 
 @pytest.mark.parametrize(("n_panels", "n", "h"), [(2000, 500, 1), (5000, 750, 5)])
@@ -57,7 +58,14 @@ def test_nothing_is_read_as_a_finding_as_often_as_it_should(n_panels, n, h):
     found = names(n_panels, n, h)
     for name in ("helps", "hurts"):
         assert 0.0165 <= found.count(name) / n_panels <= 0.0345, (name, found.count(name))
-    assert found.count("best_at") <= 0.005 * n_panels
+    assert found.count("best_at") <= 0.01 * n_panels
+
+
+def test_days_are_not_counted_twice_where_seeds_only_disagree():
+    "The true rate is 1.8 % here, a little careful; counting the days again as seeds would make it 0.4 %."
+    found = names(2000, 500, 1, QUARREL)
+    for name in ("helps", "hurts"):
+        assert 0.01 <= found.count(name) / 2000 <= 0.0345, (name, found.count(name))
 
 
 @pytest.mark.parametrize(("n", "h"), [(500, 1), (750, 5)])
