@@ -62,7 +62,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #c09a5730
+# %% ../nbs/50_cli.ipynb #1996e4b8
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", answers.train, "finpatch train --config sp500_direction --budget 2m")
@@ -107,31 +107,7 @@ def add_machine(parent) -> None:
     p = add(parent, "thermal", answers.thermal, "finpatch thermal --watch")
     p.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
 
-# %% ../nbs/50_cli.ipynb #b6ef2353
-def add_study(parent) -> None:
-    "Add `search` and `study`."
-    p = add(parent, "search", study_answers.search, "finpatch search --config sp500_search --budget 30k")
-    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped search, or a YAML file")
-    p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
-    p.add_argument("--trials", type=int, metavar="N", help="trials in all (default: as configured)")
-    add_work(p)
-    p = add(parent, "study", study_answers.study, "finpatch study --config sp500_study --dry-run")
-    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped study, or a YAML file")
-    p.add_argument("--budgets", metavar="B,B", help="only these budgets")
-    p.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
-    p.add_argument("--dry-run", action="store_true", help="print cells, FLOPs, memory and hours, and train nothing")
-    p.add_argument("--executor", choices=("local",), default="local", help="processes of this machine (default: local)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
-    add_work(p)
-
-
-def add_work(p: argparse.ArgumentParser) -> None:
-    "Add what a study and a search share."
-    p.add_argument("--device", help="auto, cpu, mps or cuda (default: auto)")
-    p.add_argument("--run-dir", metavar="DIR", help="its folder (default: named after the config, under --runs-dir)")
-    p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
-
-# %% ../nbs/50_cli.ipynb #1a08259c
+# %% ../nbs/50_cli.ipynb #d4f75604
 def make_parser() -> Parser:
     "Make the parser of the whole command."
     from finpatch import __version__
@@ -143,6 +119,9 @@ def make_parser() -> Parser:
     add(parent, "verify", answers.verify, "finpatch verify")
     p = add(parent, "budget", answers.budget, "finpatch budget 2m 20m 200m --json")
     p.add_argument("budgets", nargs="*", metavar="BUDGET", help="2m, 20m, 200m or any number (default: all three)")
+    p = add(parent, "power", answers.power, "finpatch power --config sp500_direction")
+    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="an experiment or a study")
+    p.add_argument("--budgets", metavar="B,B,…", help="sizes to compare (default: the study's, or 2m,20m,200m)")
     add_train(parent)
     add_use(parent)
     add_machine(parent)
