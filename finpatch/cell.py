@@ -220,7 +220,7 @@ def read_result(folder: Path) -> dict | None:
     "Return the result of a finished cell."
     return read_json(folder / "result.json") if (folder / "result.json").exists() else None
 
-# %% ../nbs/42b_cell.ipynb #30a2fb05
+# %% ../nbs/42b_cell.ipynb #4b43a816
 def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: dict) -> dict | None:
     "Train; return status and reason instead of a result where there can be none."
     try:
@@ -234,7 +234,7 @@ def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: di
 
     def end(run_dir, trainer, config, budget, data_dir, resumed_from_step):
         n_params = job.record["n_params_by_part"]
-        core = {"n_core": n_params["encoder"] + n_params["norm"], "best_epoch": trainer.best_epoch}
+        core = {"n_core": n_params["encoder"] + n_params["norm"]}
         return conclude(cell, source, run_dir, trainer, resumed_from_step) | head | core
 
     try:
