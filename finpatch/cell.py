@@ -7,8 +7,9 @@ __all__ = ['CODE', 'BASELINE_CODE', 'CLOCK', 'DIVERGED', 'Cell', 'code_digest', 
            'describe_effective', 'cell_key', 'count_trial', 'limited_threads', 'describe_cell', 'conclude',
            'forecast_baselines', 'run_cell', 'read_result', 'train_cell']
 
-# %% ../nbs/42b_cell.ipynb #b214a65b
+# %% ../nbs/42b_cell.ipynb #1c7b6ab2
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -220,9 +221,10 @@ def read_result(folder: Path) -> dict | None:
     "Return the result of a finished cell."
     return read_json(folder / "result.json") if (folder / "result.json").exists() else None
 
-# %% ../nbs/42b_cell.ipynb #4b43a816
+# %% ../nbs/42b_cell.ipynb #cbf23f55
 def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: dict) -> dict | None:
     "Train; return status and reason instead of a result where there can be none."
+    began = time.process_time()
     try:
         dataset = source.dataset(cell)
         if cell.role == "baselines":
@@ -235,7 +237,8 @@ def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: di
     def end(run_dir, trainer, config, budget, data_dir, resumed_from_step):
         n_params = job.record["n_params_by_part"]
         core = {"n_core": n_params["encoder"] + n_params["norm"]}
-        return conclude(cell, source, run_dir, trainer, resumed_from_step) | head | core
+        result = conclude(cell, source, run_dir, trainer, resumed_from_step)
+        return result | head | core | {"cpu_s": time.process_time() - began}
 
     try:
         execute(job, folder, False, conclude=end, **options)

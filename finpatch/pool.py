@@ -26,10 +26,10 @@ from .plan import Known, Plan, Question, baseline_cells, chosen_rate, known_cell
 from .predictions import span_digest
 from .targets import Task
 
-# %% ../nbs/43b_pool.ipynb #660f91ac
+# %% ../nbs/43b_pool.ipynb #d4e0888f
 KEPT = ("status", "reason", "stop_reason", "is_capped", "n_params", "n_core", "n_steps", "best_epoch", "best_val_loss",
-        "best_weights_sha256", "wall_s", "peak_mem_gib")  # fmt: skip
-CLOCK = ("wall_s", "peak_mem_gib")  # Not the same twice
+        "best_weights_sha256", "wall_s", "cpu_s", "peak_mem_gib")  # fmt: skip
+CLOCK = ("wall_s", "cpu_s", "peak_mem_gib")  # Not the same twice
 
 
 def results_table(
