@@ -123,7 +123,7 @@ def val_sharpness(trainer: Trainer) -> float:  # R
     task, y = trainer.dataset.task, trainer.dataset.y[trainer.dataset.index["val"]].cpu().numpy()
     return sharpness(task.link(trainer.split_logits.numpy()), y, task.kind == "binary")
 
-# %% ../nbs/31_callbacks.ipynb #ea8cd356
+# %% ../nbs/31_callbacks.ipynb #a43f9364
 WIDTH = "" if any(c.__name__ == "tqdm_notebook" for c in tqdm.__mro__) else ":8"  # a widget has its own
 BAR = f"|{{bar{WIDTH}}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
 
