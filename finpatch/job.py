@@ -117,7 +117,7 @@ def what_it_earned(predictions: pd.DataFrame, config: ExperimentConfig, frames: 
     closes = {symbol: bars_of(symbol, frames)["Close"] for symbol in predictions["symbol"].unique()}
     return economics(predictions, closes, config.horizon)
 
-# %% ../nbs/41b_job.ipynb #51b30737
+# %% ../nbs/41b_job.ipynb #6d5018f9
 def plot_learning_curve(
     run_dir: Path | str,
     unit: str = "loss",  # Label of the vertical axis
@@ -127,7 +127,7 @@ def plot_learning_curve(
 
     rows = pd.read_json(Path(run_dir) / "metrics.jsonl", lines=True)
     figure = Figure(figsize=(6, 3.2), layout="constrained")
-    ax, epoch = figure.subplots(), rows["epoch"] + 1
+    ax, epoch = figure.subplots(), rows["epoch"]
     ax.plot(epoch, rows["train_loss"], color="#0072B2", marker="o", ms=3, label="training")
     ax.plot(epoch, rows["val_loss"], color="#D55E00", marker="o", ms=3, label="validation")
     best = rows["val_loss"].idxmin()
@@ -137,9 +137,9 @@ def plot_learning_curve(
     ax.legend(frameon=False)
     return figure
 
-# %% ../nbs/41b_job.ipynb #16af4fce
+# %% ../nbs/41b_job.ipynb #4739c97f
 def draw(run_dir: Path, kind: str) -> None:
-    "Store the learning curve. A figure that fails is named and ends nothing: the result is on the disk."
+    "Store the learning curve. Epochs count from 1 here, in the metrics and in `best_epoch`. A figure that fails is named and ends nothing: the result is on the disk."
     try:
         with atomic_path(run_dir / "learning_curve.png") as tmp:
             unit = "log loss, nats" if kind == "binary" else "squared error"
@@ -147,7 +147,7 @@ def draw(run_dir: Path, kind: str) -> None:
     except Exception as error:
         log.warning("no learning curve in %s: %s: %s", run_dir, type(error).__name__, error)
 
-# %% ../nbs/41b_job.ipynb #b9ee3ce8
+# %% ../nbs/41b_job.ipynb #55ebfe5d
 def store_predictions(run_dir: Path, trainer: Trainer, budget: str, seed: int, fold: int = 0) -> pd.DataFrame:
     "Predict with the best weights and store every sample."
     load_weights(trainer.model, run_dir / "best.safetensors")
@@ -164,7 +164,7 @@ def outcome(
     return {
         "schema_version": 1, "run_dir": str(run_dir), "status": "done",
         "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
-        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch,
+        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch + 1,
         "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed,
         "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
         "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
