@@ -10,7 +10,7 @@ __all__ = ['offered_memory', 'memory_limit', 'Question', 'pose', 'make_fits', 'd
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
