@@ -6,7 +6,7 @@
 __all__ = ['NUMBERS', 'log', 'capture_tensors', 'restore_tensors', 'save_checkpoint', 'read_checkpoint', 'newest_checkpoint',
            'load_checkpoint', 'Checkpoint', 'check_disk', 'PauseOnSignal']
 
-# %% ../nbs/31a_checkpoint.ipynb #42f8cacb
+# %% ../nbs/31a_checkpoint.ipynb #743e24bd
 import logging
 import shutil
 import signal
@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .core import HardwareError, InputError, RuleError, atomic_path, file_digest, json_digest, read_json, write_json
+from .device import read_draws, set_draws
 from .trainer import Callback, Trainer
 
-# %% ../nbs/31a_checkpoint.ipynb #70c6dbf2
+# %% ../nbs/31a_checkpoint.ipynb #7d524be2
 NUMBERS = ("step", "epoch", "epoch_step", "best_epoch", "best_val_loss")
 
 
@@ -30,10 +31,9 @@ def capture_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:  # On the CPU,
     out = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     for i, state in trainer.optimizer.state_dict()["state"].items():
         out |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    out |= {"epoch_loss": trainer.epoch_loss, "first_bad": trainer.first_bad, "rng.cpu": torch.get_rng_state()}
+    out |= {"epoch_loss": trainer.epoch_loss, "first_bad": trainer.first_bad}
+    out |= dict(zip(("rng.cpu", "rng.device"), read_draws(trainer.device), strict=False))
     out["lr"] = torch.tensor([group["lr"] for group in trainer.optimizer.param_groups], dtype=torch.float64)
-    if trainer.device.type in ("cuda", "mps"):
-        out["rng.device"] = getattr(torch, trainer.device.type).get_rng_state()
     return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
 
@@ -49,9 +49,7 @@ def restore_tensors(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
     trainer.epoch_loss, trainer.first_bad = (tensors[k].to(trainer.device) for k in ("epoch_loss", "first_bad"))
     for group, lr in zip(trainer.optimizer.param_groups, tensors["lr"].tolist(), strict=True):
         group["lr"] = lr
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.device" in tensors:
-        getattr(torch, trainer.device.type).set_rng_state(tensors["rng.device"])
+    set_draws(trainer.device, tuple(tensors[k] for k in ("rng.cpu", "rng.device") if k in tensors))
 
 # %% ../nbs/31a_checkpoint.ipynb #659a2e9b
 def save_checkpoint(
@@ -169,7 +167,7 @@ def check_disk(
         rule = f"checkpoints and weights need {need / 2**30:.2f} GiB in {folder}"
         raise HardwareError(rule, f"{free / 2**30:.2f} GiB free", "Free some space, or name another `--runs-dir`.")
 
-# %% ../nbs/31a_checkpoint.ipynb #33c1d449
+# %% ../nbs/31a_checkpoint.ipynb #10d4bb6f
 class PauseOnSignal(Callback):
     "Request a pause on SIGINT, SIGTERM or a STOP file; reads and writes nothing else."
 
@@ -188,12 +186,14 @@ class PauseOnSignal(Callback):
             raise KeyboardInterrupt
         self.received = number
 
-    def after_step(self, trainer: Trainer) -> None:
+    def look(self, trainer: Trainer) -> None:
         if self.received is not None:
             trainer.request_pause(signal.Signals(self.received).name)
         elif self.stop_file.exists():
-            self.stop_file.unlink()
+            self.stop_file.unlink(missing_ok=True)
             trainer.request_pause("STOP file")
+
+    after_micro_batch = after_step = after_eval_batch = while_waiting = look
 
     def after_fit(self, trainer: Trainer) -> None:
         for number, handler in self.previous.items():

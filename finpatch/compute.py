@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'AGREE', 'has_bf16', 'choose_precision', 'autocast', 'same_draws', 'recompute', 'has_batchnorm',
-           'checkpoint_layers', 'compute_once', 'check_compiled', 'untouched', 'compile_model', 'set_up']
+           'checkpoint_layers', 'check_micro_batch', 'compute_once', 'check_compiled', 'untouched', 'compile_model',
+           'set_up']
 
 # %% ../nbs/25_compute.ipynb #3c468785
 import logging
@@ -93,6 +94,17 @@ def checkpoint_layers(model: PatchTST) -> None:
         rule = "`compute.is_checkpointed` must not meet BatchNorm, whose statistics would count each batch twice"
         raise InputError(rule, "a model with BatchNorm", "Use LayerNorm, or `is_checkpointed: false`.")
     model.run_block = recompute
+
+# %% ../nbs/25_compute.ipynb #136a0a8e
+def check_micro_batch(model: nn.Module, micro_batch_size: int | None, global_batch_size: int) -> int:
+    "Return the micro-batch size in effect; refuse one that would change the result."
+    size = global_batch_size if micro_batch_size is None else min(micro_batch_size, global_batch_size)
+    if size < 1:
+        raise InputError("`micro_batch_size` must be ≥ 1", size, "Give a number of windows.")
+    if size < global_batch_size and has_batchnorm(model):
+        rule = "a model with BatchNorm must see the whole batch"
+        raise InputError(rule, f"micro-batches of {size} of {global_batch_size}", "Use LayerNorm, or no micro-batches.")
+    return size
 
 # %% ../nbs/25_compute.ipynb #2c26e705
 AGREE = {"fp32": 1e-3, "bf16": 0.1}  # Relative to the largest value of each tensor

@@ -86,7 +86,7 @@ def assemble(
     record |= {"certificate": certificate, "effective": effective | {"is_fused": certificate["is_fused"]}}
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #9d7a95fb
+# %% ../nbs/42_run.ipynb #9321505f
 def execute(
     job: Job,
     run_dir: Path,
@@ -105,7 +105,7 @@ def execute(
     appended = (run_dir / "metrics.jsonl", run_dir / "thermal.jsonl")
     heat = [] if thermal is None else [ThermalCallback(config=thermal, path=appended[1])]
     effective = [job.record, *job.record.get("sessions", [])][-1]["effective"]  # of this session
-    effective |= {"checkpoint_every_s": every_s, "heat": heat[0].start().source if heat else "off"}
+    effective |= {"checkpoint_every_s": every_s, "heat": heat[0].start() if heat else "off"}
     kept = [PauseOnSignal(run_dir / "STOP"), Checkpoint(folder, every_s, appended), *heat, *callbacks]
     options = {"seed": job.config.seed, "device": job.device, "micro_batch_size": job.record["micro_batch_size"]}
     options["precision"] = effective["precision"]

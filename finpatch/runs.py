@@ -77,21 +77,21 @@ def runs_table(rows: list[dict]) -> str:
     } for row in rows]  # fmt: skip
     return pd.DataFrame(table).to_string(index=False) if rows else ""
 
-# %% ../nbs/47_runs.ipynb #be4f1623
+# %% ../nbs/47_runs.ipynb #c341a81f
 SECTIONS = ("config", "data", "machine", "result")
 PLACES = {"data": "data", "n_windows": "data", "clipped_share": "data", "code_sha256": "data", "machine": "machine",
-          "versions": "machine", "commit": "machine", "certificate": "machine"}  # fmt: skip
-NO_RESULT = ("schema_version", "run_dir", "files_sha256", "spans", "task", "horizon", "budget", "seed", "n_params", "n_windows")
+          "versions": "machine", "commit": "machine"}  # fmt: skip
+NO_RESULT = ("schema_version", "run_dir", "files_sha256", "spans", "baselines", "status",
+             "task", "horizon", "budget", "seed", "n_params", "n_windows")  # fmt: skip
 
 
 def sections_of(run_dir: Path | str) -> dict[str, dict[str, object]]:  # Of SECTIONS: path of a setting or metric -> value
     "Collect what can be compared of a run."
     out = {name: {} for name in SECTIONS}
-    record, path = read_record(run_dir), Path(run_dir) / "result.json"
-    for key, value in flat(settings_of(record)).items():
+    for key, value in flat(settings_of(read_record(run_dir))).items():
         out[PLACES.get(key.split(".")[0], "config")][key] = value
-    result = read_json(path) if is_done(run_dir) else {"status": record.get("status")}
-    values = flat({k: v for k, v in result.items() if k not in NO_RESULT})
+    result = read_json(Path(run_dir) / "result.json") if is_done(run_dir) else {}
+    values = {"status": describe_run(run_dir)["status"]} | flat({k: v for k, v in result.items() if k not in NO_RESULT})
     for key, value in values.items():
         stem = key.removesuffix(".value")
         if key != stem:

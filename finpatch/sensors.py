@@ -59,7 +59,7 @@ def refuse(rule: str, found: object) -> None:
     "Raise for a sensor that is not here."
     raise HardwareError(rule, found, "`finpatch thermal` lists what can be read here.")
 
-# %% ../nbs/31b_sensors.ipynb #e8f44466
+# %% ../nbs/31b_sensors.ipynb #d3549fe5
 PRESSURE = {0: "nominal", 1: "fair", 2: "serious", 3: "critical", 4: "critical"}
 
 
@@ -68,7 +68,7 @@ def open_macos(
 ) -> Sensor:
     "Return a sensor of the kernel's thermal pressure level."
     if lib is None and sys.platform != "darwin":
-        refuse("the pressure level needs macOS", sys.platform)
+        refuse("the pressure level needs macOS", f"this is {sys.platform}")
     lib = lib or ctypes.CDLL("/usr/lib/libSystem.dylib")
     token, state = ctypes.c_int(), ctypes.c_uint64()
     if status := lib.notify_register_check(b"com.apple.system.thermalpressurelevel", ctypes.byref(token)):
@@ -125,7 +125,7 @@ def read_gpu(nvml, handle, index: int) -> Reading:
         return Reading("unknown", temp_c, "nvidia", f"GPU {index}, no throttle reasons")
     return Reading(throttle_level(reasons), temp_c, "nvidia", f"GPU {index}, reasons {reasons:#x}")
 
-# %% ../nbs/31b_sensors.ipynb #57df2862
+# %% ../nbs/31b_sensors.ipynb #4ee981b0
 def open_nvidia(
     nvml=None,  # The module pynvml, or what behaves like it
 ) -> Sensor:
@@ -134,7 +134,7 @@ def open_nvidia(
         try:
             import pynvml as nvml
         except ImportError:
-            refuse("NVIDIA's sensor needs the package nvidia-ml-py", "it is not installed")
+            refuse("NVIDIA's sensor needs the package nvidia-ml-py", "nvidia-ml-py is not installed")
     nvml.nvmlInit()
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if not handles:
@@ -146,12 +146,12 @@ def open_nvidia(
 
     return read
 
-# %% ../nbs/31b_sensors.ipynb #80e1c368
+# %% ../nbs/31b_sensors.ipynb #d4a4f209
 def open_macmon(which: Callable = shutil.which) -> Sensor:
     "Return a sensor of the hotter of CPU and GPU, by the program macmon."
     program = which("macmon")
     if program is None:
-        refuse("the program macmon must be installed", "it is not on PATH")
+        refuse("the program macmon must be installed", "macmon is not on PATH")
 
     def read() -> Reading:
         command = [program, "--interval", "500", "pipe", "--samples", "1"]

@@ -6,7 +6,8 @@
 __all__ = ['DATABASES', 'ENDS', 'LOGS', 'tidy', 'open_experiment', 'send_settings', 'send_numbers', 'MLflow', 'is_logged_in',
            'quiet_settings', 'open_wandb', 'WeightsAndBiases', 'leave_with', 'obey', 'serve']
 
-# %% ../nbs/32b_trackers.ipynb #acf9e8dd
+# %% ../nbs/32b_trackers.ipynb #6cfb1c25
+import contextlib
 import os
 import re
 import secrets
@@ -180,7 +181,7 @@ def obey(follower: Follower, word: str) -> str | None:
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
-# %% ../nbs/32b_trackers.ipynb #c98b3df1
+# %% ../nbs/32b_trackers.ipynb #a74ea326
 LOGS = {"mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
@@ -191,7 +192,8 @@ def serve(
 ) -> None:
     "Follow a run folder as told on standard input."
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.nice(5)  # the training comes first
+    answers = os.dup(1)
     os.dup2(2, 1)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         os.chdir(Path(run_dir).parent)  # whatever a library makes in its working directory
@@ -199,4 +201,5 @@ def serve(
     while word != "end" and error is None:
         word = sys.stdin.readline().strip() or "end"
         error = obey(follower, word)
-        answers.write(to_json({"error": error}) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            os.write(answers, f"{to_json({'error': error})}\n".encode())

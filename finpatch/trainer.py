@@ -4,23 +4,28 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'CHECK_EVERY', 'Callback', 'epoch_order', 'make_optimizer', 'pad', 'train_step', 'update', 'predict_logits',
-           'mean_loss', 'Requests', 'check_micro_batch', 'Trainer', 'run_epoch', 'close_epoch', 'check_finite']
+           'mean_loss', 'Requests', 'Trainer', 'run_epoch', 'close_epoch', 'check_finite']
 
-# %% ../nbs/30_trainer.ipynb #b3073df1
+# %% ../nbs/30_trainer.ipynb #af74520a
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
 
-from .compute import autocast, choose_precision, has_batchnorm
-from .core import HardwareError, InputError
+from .compute import autocast, check_micro_batch, choose_precision, has_batchnorm
+from .core import HardwareError
 from .dataset import FinancialDataset
+from .device import read_draws, set_draws
 from .experiment import OptimConfig
 
-# %% ../nbs/30_trainer.ipynb #8ba69cc8
-EVENTS = ("before_fit", "before_epoch", "before_step", "after_micro_batch", "after_step", "after_epoch", "after_fit")
+# %% ../nbs/30_trainer.ipynb #883c3ca0
+EVENTS = (
+    *("before_fit", "before_epoch", "before_step", "after_micro_batch", "after_step"),
+    *("after_eval_batch", "after_epoch", "while_waiting", "after_fit"),
+)
 
 
 class Callback:
@@ -33,7 +38,9 @@ class Callback:
     def before_step(self, trainer): ...
     def after_micro_batch(self, trainer): ...
     def after_step(self, trainer): ...
+    def after_eval_batch(self, trainer): ...
     def after_epoch(self, trainer): ...
+    def while_waiting(self, trainer): ...
     def after_fit(self, trainer): ...
 
 # %% ../nbs/30_trainer.ipynb #d042406e
@@ -68,16 +75,17 @@ def pad(
     weights[len(samples) :] = 0
     return torch.cat([samples, samples[:1].expand(n_extra)]), weights
 
-# %% ../nbs/30_trainer.ipynb #abbbbd76
+# %% ../nbs/30_trainer.ipynb #b65378f1
 def train_step(
     trainer: "Trainer",
     samples: torch.Tensor,  # (B,) places in the dataset's table
-) -> torch.Tensor:  # Mean loss, a scalar on the device
+) -> torch.Tensor | None:  # Mean loss, a scalar on the device; None: broken off by a pause, and undone
     "Forward, backward, clip, step."
     trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     size, total = trainer.micro_batch_size, 0.0
     padded, weights = (samples, None) if trainer.has_batchnorm else pad(samples.to(trainer.device), size)
+    states = read_draws(trainer.device) if size < len(padded) else None
     for i in range(0, len(padded), size):
         x, y = trainer.dataset.batch(padded[i : i + size])  # (b, T, F), (b,)
         with trainer.autocast():
@@ -87,6 +95,8 @@ def train_step(
         loss.backward()
         total = total + loss.detach()
         trainer.emit("after_micro_batch")
+        if trainer.is_paused and i + size < len(padded):
+            return set_draws(trainer.device, states)
     update(trainer)
     return total
 
@@ -100,30 +110,35 @@ def update(trainer: "Trainer") -> None:
     trainer.optimizer.found_inf = is_bad.float()
     trainer.optimizer.step()
 
-# %% ../nbs/30_trainer.ipynb #9aa690fa
+# %% ../nbs/30_trainer.ipynb #1d866b68
 @torch.no_grad()
 def predict_logits(
     model: torch.nn.Module,
     dataset: FinancialDataset,
     rows: torch.Tensor,  # (n,) rows whose windows are read
     batch_size: int = 256,  # Windows at once; changes nothing but memory
+    after_batch: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # (n,) float64, on the CPU
     "Predict without dropout, in order."
     model.eval()
     padded, _ = pad(rows, min(batch_size, len(rows)))
-    parts = [model(dataset.windows(part)).squeeze(-1).cpu().double() for part in padded.split(batch_size)]
+    parts = []
+    for part in padded.split(batch_size):
+        parts.append(model(dataset.windows(part)).squeeze(-1).cpu().double())
+        after_batch()
     return torch.cat(parts)[: len(rows)]
 
 
 def mean_loss(trainer: "Trainer", split: str) -> float:
     "Average the task's loss over all samples of a split; their logits stay with the trainer, for callbacks."
     dataset = trainer.dataset
-    samples = dataset.index[split].to(dataset.row.device)
+    samples, tell = dataset.index[split].to(dataset.row.device), partial(trainer.emit, "after_eval_batch")
     with trainer.autocast():
-        logits = trainer.split_logits = predict_logits(trainer.model, dataset, dataset.row[samples])  # (n,)
+        logits = predict_logits(trainer.model, dataset, dataset.row[samples], after_batch=tell)  # (n,)
+    trainer.split_logits = logits
     return dataset.task.loss(logits[:, None], dataset.y[samples].cpu()).double().mean().item()
 
-# %% ../nbs/30_trainer.ipynb #c6cb0b2a
+# %% ../nbs/30_trainer.ipynb #5d530b96
 class Requests:
     "Events and requests of a trainer."
 
@@ -137,7 +152,7 @@ class Requests:
         self.stop_reason = self.stop_reason or reason
 
     def request_pause(self, reason: str) -> None:
-        "Ask to break off after this step, to be resumed."
+        "Ask to break off after this step, or micro-batch, to be resumed."
         if self.stop_reason is None:
             self.stop_reason, self.is_paused = reason, True
 
@@ -145,18 +160,7 @@ class Requests:
         "Return the context of a forward pass in the precision in effect."
         return autocast(self.device, self.precision)
 
-
-def check_micro_batch(model: torch.nn.Module, micro_batch_size: int | None, global_batch_size: int) -> int:
-    "Return the micro-batch size in effect; refuse one that would change the result."
-    size = global_batch_size if micro_batch_size is None else min(micro_batch_size, global_batch_size)
-    if size < 1:
-        raise InputError("`micro_batch_size` must be ≥ 1", size, "Give a number of windows.")
-    if size < global_batch_size and has_batchnorm(model):
-        rule = "a model with BatchNorm must see the whole batch"
-        raise InputError(rule, f"micro-batches of {size} of {global_batch_size}", "Use LayerNorm, or no micro-batches.")
-    return size
-
-# %% ../nbs/30_trainer.ipynb #6d47cb7a
+# %% ../nbs/30_trainer.ipynb #0e1094a0
 class Trainer(Requests):
     "Minimise the task's loss; everything but the step is a callback."
 
@@ -182,13 +186,13 @@ class Trainer(Requests):
         self.n_steps = min(optim.epochs * self.steps_per_epoch, optim.max_steps or math.inf)
         self.step, self.epoch, self.best_epoch, self.best_val_loss = 0, 0, -1, math.inf
         self.epoch_step, self.epoch_loss, self.first_bad = 0, *torch.tensor([0.0, -1.0], device=self.device)
-        self.stop_reason, self.is_paused = None, False
+        self.stop_reason, self.is_paused, self.shown, self.extra = None, False, {}, {}
 
     def fit(self) -> "Trainer":
         "Train until the steps are done or a callback asks to stop."
-        self.emit("before_fit")
         try:
-            while not self.is_over:
+            self.emit("before_fit")
+            while not self.is_over or (self.stop_reason is None and self.epoch_step):  # an epoch is left to be closed
                 run_epoch(self)
         finally:
             self.emit("after_fit")
@@ -196,7 +200,7 @@ class Trainer(Requests):
 
     is_over = property(lambda self: self.stop_reason is not None or self.step >= self.n_steps)
 
-# %% ../nbs/30_trainer.ipynb #02989eab
+# %% ../nbs/30_trainer.ipynb #80edca8f
 def run_epoch(trainer: Trainer) -> None:
     "Take the remaining steps of the epoch, then close it unless the run was paused."
     if trainer.epoch_step == 0:
@@ -207,7 +211,9 @@ def run_epoch(trainer: Trainer) -> None:
         if trainer.is_over or len(part) == 0:
             break
         trainer.emit("before_step")
-        trainer.loss = train_step(trainer, index[part])
+        if (loss := train_step(trainer, index[part])) is None:
+            break
+        trainer.loss = loss
         trainer.epoch_loss = trainer.epoch_loss + trainer.loss * len(part)
         trainer.step, trainer.epoch_step = trainer.step + 1, trainer.epoch_step + 1
         if trainer.step % CHECK_EVERY == 0:
@@ -221,6 +227,8 @@ def close_epoch(trainer: Trainer) -> None:
     "Validate, note whether the epoch was the best, and make ready for the next."
     n = min(trainer.epoch_step * trainer.optim.global_batch_size, len(trainer.dataset.index["train"]))
     trainer.train_loss, trainer.val_loss = float(trainer.epoch_loss) / n, mean_loss(trainer, "val")
+    if trainer.is_paused:  # a stop that it may lead to would be lost behind the pause
+        return
     check_finite(trainer)
     trainer.is_best = trainer.val_loss < trainer.best_val_loss
     if trainer.is_best:
@@ -228,7 +236,7 @@ def close_epoch(trainer: Trainer) -> None:
     trainer.emit("after_epoch")
     trainer.epoch, trainer.epoch_step, trainer.epoch_loss = trainer.epoch + 1, 0, torch.zeros_like(trainer.epoch_loss)
 
-# %% ../nbs/30_trainer.ipynb #8afad268
+# %% ../nbs/30_trainer.ipynb #9912268c
 CHECK_EVERY = 50  # steps
 
 
@@ -240,4 +248,4 @@ def check_finite(trainer: Trainer) -> None:
     losses = {k: getattr(trainer, k, 0.0) for k in ("train_loss", "val_loss")}
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise HardwareError(rule, f"{name} {value} in epoch {trainer.epoch}", remedy)
+            raise HardwareError(rule, f"{name} {value} in epoch {trainer.epoch + 1}", remedy)

@@ -2,15 +2,23 @@
 weaker than it looks; each would make a model's skill look better than it is, or hide that there is none.
 """
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from finpatch.baselines import NOT_FEATURES, STRENGTHS, baseline_predictions, last_row_forecast, log_atr
+from finpatch.baselines import MADE, NOT_FEATURES, baseline_predictions, log_atr, tuned_baselines
 from finpatch.core import InputError
 from finpatch.evaluate import evaluate_predictions, losses
 from finpatch.targets import Task
+from finpatch.tuned import linear_tuned
 
+ROOT = Path(__file__).parent.parent
 N, VAL, TEST = 1500, 800, 1150
 
 
@@ -68,11 +76,13 @@ def test_validation_labels_choose_the_penalty_and_fit_nothing():
     x, y = bars[["hint", "noise"]].to_numpy(np.float64), task.labels(bars).to_numpy()
     train, val = (bars.index.isin(rows["origin"][rows["split"] == name]) for name in ("train", "val"))
     flipped = np.where(val, 1 - y, y)
-    p, best = last_row_forecast(x, y, "binary", train, val)
-    q, worst = last_row_forecast(x, flipped, "binary", train, val)
-    assert best > worst == min(STRENGTHS)  # a forecast that is wrong on validation is shrunk as far as it goes
+    p, best = linear_tuned(x, y, "binary", train, val)
+    q, worst = linear_tuned(x, flipped, "binary", train, val)
+    assert best["C"] > worst["C"] == 1e-4  # a forecast that is wrong on validation is shrunk as far as it goes
     assert not np.array_equal(p, q)
-    same, _ = last_row_forecast(x, np.where(np.arange(N) >= TEST, 1 - y, y), "binary", train, val)
+    one, other = (linear_tuned(x, labels, "binary", train, val, n_trials=1)[0] for labels in (y, flipped))
+    assert np.array_equal(one, other)  # with nothing to choose, validation has no part in it
+    same, _ = linear_tuned(x, np.where(np.arange(N) >= TEST, 1 - y, y), "binary", train, val)
     assert np.array_equal(p, same)
 
 
@@ -100,6 +110,71 @@ def test_volatility_and_har_beat_the_prior_where_volatility_remembers():
         result = evaluate_predictions(rows.assign(p=made[name]), task.horizon, made)
         assert result["skill"]["prior"]["test"]["low"] > 0, name
     assert "har" not in baseline_predictions(Task("direction"), bars, make_rows(Task("direction"), bars))
+
+
+def test_the_window_finds_what_an_earlier_row_holds():
+    """Tomorrow's sign was hinted at four sessions ago: today's row is silent about it, its window is not."""
+    bars = make_bars(memory=0.6)
+    bars["hint"] = bars["hint"].shift(-4).fillna(0)
+    task = Task("direction")
+    rows = make_rows(task, bars)
+    made, chosen = tuned_baselines(task, bars, rows, context_length=10)
+    test, y = (rows["split"] == "test").to_numpy(), rows["y"].to_numpy()
+    loss = {name: losses(y, p.to_numpy(), True)[test].mean() for name, p in made.items()}
+    assert loss["window"] < 0.68 < loss["last_row"]
+    assert loss["boosting_window"] < 0.68 < loss["boosting"]
+    assert {name: settings[0]["n_trials"] for name, settings in chosen.items()} == dict.fromkeys(chosen, 5)
+
+
+def test_every_tuned_baseline_gets_as_many_trials_as_asked_and_says_what_it_chose():
+    """For each symbol and fold by itself; numbers have DLinear and, for the range, HAR beside them."""
+    bars = {"A": make_bars(1), "B": make_bars(2)}
+    task = Task("log_range")
+    panel = pd.concat([make_rows(task, own, symbol) for symbol, own in bars.items()], ignore_index=True)
+    made, chosen = tuned_baselines(task, bars, panel, context_length=8, n_trials=2)
+    tuned = {"last_row": "C", "window": "C", "boosting": "lr", "boosting_window": "lr", "dlinear": "lr"}
+    assert set(made) == {"prior", "climatology", "volatility", "har", *tuned}
+    assert set(chosen) == set(tuned)
+    val = panel["split"] == "val"
+    for name, key in tuned.items():
+        assert [(s["fold"], s["symbol"], s["n_trials"]) for s in chosen[name]] == [(0, "A", 2), (0, "B", 2)]
+        for setting in chosen[name]:
+            assert setting[key] > 0
+            own = val & (panel["symbol"] == setting["symbol"])
+            told = losses(panel["y"][own].to_numpy(), made[name][own].to_numpy(), False).mean()
+            assert setting["val_loss"] == pytest.approx(told, rel=1e-9)
+
+
+def digest_of_all():
+    task, bars = Task("log_range"), make_bars()
+    made = baseline_predictions(task, bars, make_rows(task, bars), 30, 2)
+    return hashlib.sha256(b"".join(p.to_numpy().tobytes() for p in made.values())).hexdigest()
+
+
+def test_the_same_bytes_whatever_the_number_of_threads():
+    """Sums of floats depend on how they are cut; a machine with more cores must not have other baselines."""
+    code = "import sys; sys.path.insert(0, 'tests'); from test_baselines import digest_of_all; print(digest_of_all())"
+    other = "2" if os.environ.get("OMP_NUM_THREADS") == "1" else "1"
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), other)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest_of_all()
+
+
+def test_what_is_remembered_is_of_the_same_input():
+    """One label, price or feature that differs anywhere, in training too, is another input."""
+    bars, task = make_bars(memory=0.4), Task("direction")
+    rows = make_rows(task, bars)
+    baseline_predictions(task, bars, rows, 8, 2)
+    n = len(MADE)
+    first = baseline_predictions(task, bars, rows, 8, 2)
+    assert len(MADE) == n
+    other = bars.copy()
+    other.iloc[100, 0] += 5
+    second = baseline_predictions(task, other, rows, 8, 2)
+    assert len(MADE) == n + 1
+    assert (first["last_row"] != second["last_row"]).any()
+    assert all(len(MADE) == n + 2 for _ in [baseline_predictions(task, bars, rows[rows["split"] != "test"], 8, 2)])
+    assert baseline_predictions(task, bars, rows, 8, 1)["window"].notna().sum() == len(rows) - 7
 
 
 def test_volatility_is_the_same_whether_the_tier_has_it_or_not():

@@ -8,9 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from finpatch.core import HardwareError, read_json, to_json
-from finpatch.doctor import certify, check_certificate, probe_isolation, trust
+from finpatch.doctor import certified, certify, certify_once, check_certificate, probe_dtype, probe_isolation, trust
+from finpatch.experiment import load_experiment_config
 from finpatch.parity import CASES, FORECAST, deviation, make_case, probe_parity
 from finpatch.patchtst import Attention, PatchTST, attend
+from finpatch.run import load_run, override, prepare, train_run
+from finpatch.trainer import Callback
 
 CPU = torch.device("cpu")
 FEW = (CASES[1], CASES[10], FORECAST)  # 1 or 3 windows, head sizes 16, 32 and 64, 4 and 8 patches
@@ -356,3 +359,86 @@ def test_a_good_certificate_passes_and_a_gpu_gets_its_own_remedy():
     bad = {"is_ok": False, "device": "mps", "faults": {"plain": "parity: outputs"}}
     with pytest.raises(HardwareError, match=r"mps must compute .* Use `--device cpu`"):
         check_certificate(bad)
+
+
+# ---- what a run makes of it
+
+
+@pytest.fixture
+def fresh():
+    "No certificate from before this test, and none left behind."
+    certify_once.cache_clear()
+    yield
+    certify_once.cache_clear()
+
+
+class Count(Callback):
+    "How often fused attention had been called when training began."
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def before_fit(self, trainer):
+        self.before = len(self.calls)
+
+
+QUICK_RUN = override(load_experiment_config("sp500_direction"), max_steps=2, is_cooled=False)
+
+
+def test_a_run_on_a_device_with_broken_fused_attention_uses_math_and_records_it(fresh, data_dir, tmp_path, monkeypatch):
+    calls, honest = [], F.scaled_dot_product_attention
+
+    def broken(q, k, v, *args, **options):
+        calls.append(q.shape)
+        return honest(q, k, v.flip(2), *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    count, options = Count(calls), {"data_dir": data_dir, "is_progress_shown": False, "device": "cpu"}
+    path = train_run(QUICK_RUN, "5k", run_dir=tmp_path / "run", callbacks=(count,), **options)
+    assert 0 < count.before == len(calls)  # the doctor tried it; neither training nor prediction did
+    record = read_json(path / "run.json")
+    assert record["certificate"]["is_ok"] and not record["certificate"]["is_fused"]
+    assert record["certificate"]["faults"]["fused"].startswith("parity: ")
+    assert record["effective"]["is_fused"] is False
+    run = load_run(path, None)
+    assert not any(block.attention.fused for block in run.model.encoder) and len(calls) == count.before
+    monkeypatch.undo()
+    certify_once.cache_clear()
+    sound = train_run(QUICK_RUN, "5k", run_dir=tmp_path / "sound", **options)
+    assert read_json(sound / "run.json")["effective"]["is_fused"] is True
+    assert all(block.attention.fused for block in load_run(sound, None).model.encoder)
+
+
+def test_a_device_that_fails_with_math_attention_too_trains_nothing(fresh, data_dir, tmp_path, monkeypatch):
+    def mixed(q, k, v, *args):
+        y = attend(q, k, v, *args)
+        return y + 1e-3 * y.roll(1, 0)
+
+    monkeypatch.setattr("finpatch.patchtst.attend", mixed)
+    with pytest.raises(HardwareError, match="cpu must compute what the CPU computes; got isolation: .* without fused"):
+        train_run(QUICK_RUN, "5k", data_dir=data_dir, runs_dir=tmp_path / "runs", device="cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_process_asks_the_doctor_once_for_each_number_of_threads(fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr("finpatch.doctor.certify", lambda device, cases: asked.append(cases) or {"is_ok": True})
+    n = torch.get_num_threads()
+    try:
+        for threads in (n, n, n + 1):
+            torch.set_num_threads(threads)
+            certified(CPU, CASES[0].config)
+    finally:
+        torch.set_num_threads(n)
+    assert [len(cases) for cases in asked] == [3, 3]
+    certified(torch.device("mps"), CASES[0].config)  # more shapes, and the model's own
+    assert len(asked[-1]) == len(CASES) + 1 and asked[-1][-1].config.n_layers == 1
+
+
+def test_a_device_that_fails_bfloat16_trains_in_float32_unless_it_was_asked_for(fresh, data_dir, monkeypatch):
+    lie = lambda device, make, name: probe_dtype(device, make, name) | {"is_ok": name != "bfloat16"}
+    monkeypatch.setattr("finpatch.doctor.probe_dtype", lie)
+    job = prepare(override(QUICK_RUN, precision="auto"), "5k", data_dir, "cpu", None)
+    assert job.record["effective"]["precision"] == "fp32"
+    with pytest.raises(HardwareError, match="fails the doctor's probe"):
+        prepare(override(QUICK_RUN, precision="bf16"), "5k", data_dir, "cpu", None)

@@ -143,6 +143,7 @@ class Machine:
 
     def __init__(self, interval_s):
         self.interval_s, self.now, self.step, self.stop_reason = interval_s, 0.0, 0, None
+        self.shown, self.extra = {}, {}
 
     def latest(self):
         at = self.now // self.interval_s * self.interval_s
@@ -240,7 +241,7 @@ def test_the_settings_of_compute_and_thermal_reach_the_run(data_dir, tmp_path, m
     effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True}
     assert record["effective"] == effective | {
         "checkpoint_every_s": 7.0,
-        "heat": parts[ThermalCallback].start().source,
+        "heat": parts[ThermalCallback].start(),
     }
     with pytest.raises(Caught) as caught:
         train_run(override(config, is_cooled=False), "5k", data_dir=data_dir, run_dir=tmp_path / "off")

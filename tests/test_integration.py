@@ -8,7 +8,6 @@ import torch
 
 from finpatch.budget import count_parameters, load_patchtst_config
 from finpatch.dataset import FinancialDataset, load_dataset, n_windows
-from finpatch.device import check_parity, probe
 from finpatch.experiment import load_experiment_config
 from finpatch.features import build_dataset
 from finpatch.patchtst import PatchTST
@@ -67,10 +66,6 @@ def test_patchtst_batch_inference(dataset, device):
     assert torch.allclose(whole, pieces, atol=1e-5)
 
 
-def test_device_computes_what_the_cpu_computes(device):
-    assert check_parity(device)["is_ok"]
-
-
 def test_splits_hold_the_expected_sessions(dataset):
     counts = n_windows(dataset)
     assert counts["val"] == 1006 and counts["test"] == 754 and counts["train"] > 2000
@@ -86,22 +81,3 @@ def test_the_dataset_of_an_experiment_is_the_one_it_reads(data_dir):
     config = load_experiment_config("sp500_direction")
     other = load_dataset(dataclasses.replace(config, dataset=("SP500.dataset.raw6",)), data_dir)
     assert len(other.names) == 6 and len(load_dataset(config, data_dir).names) == 20
-
-
-@pytest.mark.parametrize("fault", ["nan", "train only", "eval only"])
-def test_a_device_that_computes_something_else_is_refused(fault, monkeypatch):
-    "The second of two probes is the device's: here it lies, always or in one mode."
-    calls = []
-
-    def lie(model, x, is_training):
-        out, is_device = probe(model, x, is_training), len(calls) % 2 == 1
-        calls.append(is_training)
-        if is_device and fault == "nan":
-            out["logits"][0] = float("nan")
-        elif is_device and is_training == (fault == "train only"):
-            out["logits"] += 0.1
-        return out
-
-    monkeypatch.setattr("finpatch.device.probe", lie)
-    parity = check_parity(torch.device("cpu"))
-    assert not parity["is_ok"] and parity["where"] == "logits" and sorted(set(calls)) == [False, True]

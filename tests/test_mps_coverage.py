@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from finpatch.budget import load_patchtst_config
+from finpatch.compute import checkpoint_layers
 from finpatch.core import HardwareError
 from finpatch.dataset import from_arrays
 from finpatch.experiment import OptimConfig, load_experiment_config
@@ -48,25 +49,28 @@ def small(**options) -> PatchTSTConfig:
     )
 
 
-def cover(model_config: PatchTSTConfig, kind: str = "binary", optim: OptimConfig = OPTIM, model=None) -> Coverage:
+def cover(
+    model_config: PatchTSTConfig, kind: str = "binary", optim: OptimConfig = OPTIM, model=None, precision="fp32"
+) -> Coverage:
     "Take one step with the real trainer and predict once."
     rng, n = np.random.default_rng(0), model_config.context_length + 60
     x, y = rng.standard_normal((n, model_config.n_features)), rng.integers(0, 2, n)
     dataset = from_arrays(x, y, kind=kind, context_length=model_config.context_length, is_checked=False)
     model, coverage = model or PatchTST(model_config, fused=False), Coverage()
-    Trainer(model, dataset, optim, callbacks=[CoverStep(coverage)]).fit()
+    Trainer(model, dataset, optim, callbacks=[CoverStep(coverage)], precision=precision).fit()
     with coverage, torch.no_grad():
         model.eval()(dataset.batch(dataset.index["val"][:2])[0])
     return coverage
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_experiment_has_kernels_for_a_whole_step(name):
+def test_every_shipped_experiment_has_kernels_for_a_whole_step(name, precision):
     config = load_experiment_config(name)
     shape = {"n_features": len(feature_names(config.tier)), "context_length": config.context_length}
     optim = replace(config.optim, epochs=1, max_steps=1, global_batch_size=4)
     kind = Task(config.task, horizon=config.horizon).kind
-    coverage = cover(load_patchtst_config("20k", **shape, **asdict(config.model)), kind, optim)
+    coverage = cover(load_patchtst_config("20k", **shape, **asdict(config.model)), kind, optim, precision=precision)
     assert coverage.findings == []
     assert STEP | {"bernoulli_.float", "index.Tensor"} <= set(coverage.ops)  # recorded, not skipped
     assert LOSS[kind] in coverage.ops
@@ -103,17 +107,10 @@ def test_a_forecast_has_kernels():
     assert coverage.findings == []
 
 
-def test_bfloat16_autocast_has_kernels():
-    class Autocast(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = PatchTST(small(), fused=False)
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.inner(x)
-
-    coverage = cover(small(), model=Autocast())
+def test_bfloat16_and_activation_checkpointing_have_kernels():
+    model = PatchTST(small(), fused=False)
+    checkpoint_layers(model)
+    coverage = cover(small(), model=model, precision="bf16")
     assert coverage.findings == [] and torch.bfloat16 in coverage.ops["addmm"]
 
 

@@ -4,22 +4,31 @@ A run is killed twenty times at random moments and resumed each time; what it en
 nobody touched. Requests to stop, damaged checkpoints and changed circumstances follow.
 """
 
+import fcntl
 import json
 import logging
 import multiprocessing
+import os
+import pty
 import random
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from dataclasses import replace
 
 import pytest
 
 from finpatch.checkpoint import Checkpoint
+from finpatch.cli import main
+from finpatch.config import dump_yaml
 from finpatch.core import InputError, NotFoundError, read_json
 from finpatch.experiment import load_experiment_config
-from finpatch.run import newest_unfinished, override, resume_run, train_run
+from finpatch.run import load_run, newest_unfinished, override, resume_run, train_run
 from finpatch.trainer import Callback
 
 CONFIG = override(load_experiment_config("sp500_direction"), epochs=3, lr=3e-4)
@@ -36,7 +45,7 @@ def whole(data_dir, tmp_path_factory):
 
 def metrics(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("wall_s", "level", "temp_c", "lost_s")} for row in rows]
 
 
 def assert_same(run_dir, whole):
@@ -107,13 +116,67 @@ def stopped(data_dir, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("step", [35, 36, 37, 72])
+@pytest.mark.parametrize("step", [35, 36, 37, 108])
 def test_a_stop_at_the_end_of_an_epoch_changes_nothing(step, data_dir, whole, tmp_path):
-    "36 steps an epoch: the epoch is complete, its metrics and weights are not written yet."
+    "36 steps an epoch, 108 in all: the epoch is complete, its metrics and weights are not written yet."
     options = {"data_dir": data_dir, "is_progress_shown": False}
     path = train_run(CONFIG, "10k", run_dir=tmp_path / "run", callbacks=(PauseAt(step),), **options)
     resume_run(path, **options)
     assert_same(path, whole)
+
+
+class PauseIn(Callback):
+    "Ask for a pause when an event comes for the n-th time."
+
+    order = 1
+
+    def __init__(self, event, n):
+        self.n = n
+        setattr(self, event, self.count)
+
+    def count(self, trainer):
+        self.n -= 1
+        if self.n == 0:
+            trainer.request_pause("asked")
+
+
+def test_a_stop_inside_a_step_a_validation_or_the_last_one_changes_nothing(data_dir, tmp_path):
+    "Two micro-batches a step, four batches a validation; with dropout, whose draws a step taken anew must repeat."
+    config, options = override(CONFIG, epochs=2), {"data_dir": data_dir, "is_progress_shown": False}
+    begin = lambda name, **more: train_run(
+        config, "5k", run_dir=tmp_path / name, micro_batch_size=32, **options, **more
+    )
+    whole, path = begin("whole"), tmp_path / "run"
+    for event, n, step in [("after_micro_batch", 21, 10), ("after_eval_batch", 2, 36), ("after_eval_batch", 7, 72)]:
+        callbacks = (PauseIn(event, n),)
+        resume_run(path, callbacks=callbacks, **options) if path.exists() else begin("run", callbacks=callbacks)
+        record = read_json(path / "run.json")
+        assert (record["status"], record["step"]) == ("stopped", step)
+    resume_run(path, **options)
+    assert_same(path, whole)
+
+
+def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done(data_dir, tmp_path):
+    context, path = multiprocessing.get_context("forkserver"), tmp_path / "runs" / "run"
+    child = context.Process(target=die_after_the_result, args=(path, data_dir))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert read_json(path / "run.json")["status"] == "running" and read_json(path / "result.json")["status"] == "done"
+    assert load_run(path, None).record["status"] == "done"
+    with pytest.raises(NotFoundError, match="unfinished"):
+        newest_unfinished(tmp_path / "runs")
+    with pytest.raises(InputError, match="got a finished one"):
+        resume_run(path, data_dir)
+    words = [sys.executable, "-m", "finpatch", "runs", "--runs-dir", str(tmp_path / "runs")]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.split()[0] == "done"
+
+
+def die_after_the_result(run_dir, data_dir):
+    import finpatch.run
+
+    finpatch.run.draw = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    train_run(override(CONFIG, max_steps=2), "5k", data_dir=data_dir, run_dir=run_dir, is_progress_shown=False)
 
 
 def newest(run_dir):
@@ -219,7 +282,57 @@ def test_the_newest_unfinished_run_is_found(stopped, whole):
         newest_unfinished(whole)
 
 
-@pytest.mark.parametrize("ask", [signal.SIGTERM, signal.SIGINT, "STOP"])
+def in_terminal(words, columns=100, answer=None) -> tuple[int, str]:
+    "Run the command in a terminal; `answer` looks at what it shows and may return keys to press, once."
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    start = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "finpatch", *words], stdin=theirs, stdout=theirs, stderr=theirs, **start
+    )
+    os.close(theirs)
+    shown = b""
+    while chunk := read_some(ours):
+        shown += chunk
+        if answer and (keys := answer(shown.decode(errors="ignore"))):
+            answer = os.write(ours, keys) and None
+    os.close(ours)
+    return child.wait(timeout=60), shown.decode()
+
+
+def read_some(handle) -> bytes:
+    try:
+        return os.read(handle, 65_536)
+    except OSError:  # Linux's way to say that the other side is closed
+        return b""
+
+
+LINE = re.compile(
+    r"\|\S*\s*\| \d+/70 \[\d\d:\d\d<[\d:?]+, +[\d.?]+(step/s|s/step), epoch [12]/2, (heat unknown|\w+( \d+ °C)?)"
+)
+
+
+def test_a_terminal_shows_one_line_of_progress_and_nothing_from_libraries(data_dir, tmp_path):
+    "With what can be switched on, stopped by Ctrl-C and resumed: the heat and the time left, in one line."
+    config = override(CONFIG, epochs=2, max_steps=70, precision="auto", checkpoint_every_s=0.1)
+    config = replace(config, compute=replace(config.compute, is_checkpointed=True))
+    (tmp_path / "mine.yaml").write_text(dump_yaml(config))
+    where = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / "run")]
+    begin = ["train", "--config", str(tmp_path / "mine.yaml"), "--budget", "50k", *where]
+    status, first = in_terminal(begin, answer=lambda text: b"\x03" if re.search(r" [1-9]\d*/70 ", text) else b"")
+    assert status == 3, first
+    status, second = in_terminal(["train", "--resume", *where])
+    assert status == 0, second
+    for text, last in ((first, "Go on with: finpatch train --resume"), (second, "Learning curve: ")):
+        lines = [line for line in text.split("\r\n") if line]
+        assert last in lines[-1] and "Warning" not in text and "File " not in text
+        (bar,) = [line for line in lines if "/70 [" in line and LINE.search(line)]
+        drawn = [part for part in bar.split("\r") if part.strip()]
+        assert len(drawn) > 2 and max(map(len, drawn)) <= 100 and sum(bool(LINE.search(part)) for part in drawn) > 1
+    assert "resumed from step" in second
+
+
+@pytest.mark.parametrize("ask", [signal.SIGTERM, "STOP"])
 def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, tmp_path):
     "As in a terminal: the line says how to go on, and that line works."
     run_dir, where = tmp_path / "run", ["--data-dir", str(data_dir)]
@@ -248,7 +361,8 @@ def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, 
     assert json.loads(done.stdout)["resumed_from_step"] == answer["n_steps"]
 
 
-def test_a_resumed_run_keeps_its_own_settings():
-    words = ["train", "--resume", "--lr", "1"]
-    done = subprocess.run([sys.executable, "-m", "finpatch", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and "--lr" in done.stderr
+@pytest.mark.parametrize("words", [["--lr", "1"], ["--precision", "bf16"]])
+def test_a_resumed_run_keeps_its_own_settings(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--resume", *words])
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err

@@ -6,7 +6,9 @@ import gc
 import json
 import logging
 import math
+import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -18,10 +20,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finpatch.core import HardwareError
+from finpatch.callbacks import WriteMetrics
+from finpatch.checkpoint import PauseOnSignal
+from finpatch.core import HardwareError, read_json
 from finpatch.dataset import FinancialDataset
-from finpatch.experiment import OptimConfig
+from finpatch.experiment import OptimConfig, load_experiment_config
 from finpatch.patchtst import PatchTST, PatchTSTConfig
+from finpatch.run import override, train_run
 from finpatch.sensors import LEVELS, Reading, choose_sensor, grade, merge, open_macos
 from finpatch.thermal import SensorThread, ThermalCallback
 from finpatch.thermal_config import ThermalConfig
@@ -52,6 +57,7 @@ class Machine:
     def __init__(self, temps, interval_s):
         self.temps, self.interval_s = temps, interval_s
         self.now, self.step, self.stop_reason, self.read_at, self.last = 0.0, 0, None, -math.inf, None
+        self.shown, self.extra = {}, {}
 
     def temp(self, t):
         return self.temps[min(int(t), len(self.temps) - 1)]
@@ -71,6 +77,8 @@ class Machine:
 
     def request_pause(self, reason):
         self.stop_reason = self.stop_reason or reason
+
+    def emit(self, event): ...
 
     @property
     def is_over(self):
@@ -280,7 +288,7 @@ def test_every_step_has_a_row(tmp_path):
     trainer = fit(ThermalCallback(lambda: Reading(temp_c=50.0), path=path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, trainer.step + 1))
-    assert {tuple(r) for r in rows} == {("step", "level", "temp_c", "action", "lost_s")}
+    assert {frozenset(r) for r in rows} == {frozenset(("step", "level", "temp_c", "action", "lost_s"))}
     assert {r["temp_c"] for r in rows} == {50.0}
 
 
@@ -367,6 +375,106 @@ def test_a_request_to_stop_ends_a_pause():
     machine.now += 1
     heat.after_step(machine)
     assert machine.stop_reason == "signal" and machine.now == pytest.approx(5)
+
+
+@pytest.mark.parametrize("ask", [signal.SIGTERM, signal.SIGINT, "STOP"], ids=str)
+def test_a_signal_or_a_stop_file_is_noticed_in_the_middle_of_a_long_pause(ask, tmp_path):
+    "A machine too hot for its first micro-batch would wait for half an hour."
+
+    class Ask(Callback):
+        "Ask from another thread, once the handlers are there."
+
+        order = 99
+
+        def before_fit(self, trainer):
+            threading.Timer(0.3, self.act).start()
+
+        def act(self):
+            (tmp_path / "STOP").write_text("") if ask == "STOP" else os.kill(os.getpid(), ask)
+
+    began = time.monotonic()
+    trainer = fit(ThermalCallback(lambda: Reading(temp_c=90.0)), PauseOnSignal(tmp_path / "STOP"), Ask())
+    assert time.monotonic() - began < 30 and not heat_threads()
+    assert trainer.is_paused and trainer.stop_reason == (ask.name if ask != "STOP" else "STOP file")
+    assert trainer.step == 0 and not (tmp_path / "STOP").exists()
+
+
+def test_a_validation_is_held_back_too():
+    "Cool while it trains, hot at each batch of the validation."
+    temps = {"now": 50.0}
+
+    class Heats(Callback):
+        order = 59
+
+        def after_step(self, trainer):
+            temps["now"] = 90.0 if trainer.epoch_step == trainer.steps_per_epoch else 50.0
+
+        def while_waiting(self, trainer):
+            held.append(trainer.epoch_step == trainer.steps_per_epoch)
+            temps["now"] = 50.0
+
+    held, cool = [], ThermalConfig(interval_s=0.001, dwell_s=0.0)
+    heat = ThermalCallback(lambda: Reading(temp_c=temps["now"]), cool, sleep=lambda s: time.sleep(0.01))
+    assert fit(heat, Heats()).stop_reason is None
+    assert len(held) >= 2 and all(held)
+
+
+def test_the_heat_is_shown_and_stands_in_the_metrics(tmp_path):
+    class Seen(Callback):
+        order = 80
+
+        def __init__(self):
+            self.texts = set()
+
+        def after_step(self, trainer):
+            self.texts.add(trainer.shown["heat"])
+
+        def while_waiting(self, trainer):
+            self.texts.add(trainer.shown["heat"])
+
+    machine, seen = Machine([60.0] * 8 + [90.0] * 2 + [60.0], 1.0), Seen()
+    heat = machine.callback(ThermalConfig(interval_s=1.0, dwell_s=0.0), path=tmp_path / "thermal.jsonl")
+
+    class Works(Callback):
+        order = 1
+
+        def after_step(self, trainer):
+            machine.now += 0.5
+
+    fit(heat, Works(), seen, WriteMetrics(tmp_path / "metrics.jsonl"))
+    assert seen.texts == {"nominal 60 °C", "pause: serious 90 °C"}
+    rows, steps = read_trace(tmp_path / "metrics.jsonl"), read_trace(tmp_path / "thermal.jsonl")
+    assert [r["epoch"] for r in rows] == [1, 2]
+    lost_s = [sum(r["lost_s"] for r in table) for table in (rows, steps)]
+    assert lost_s[0] == pytest.approx(lost_s[1], abs=1e-2) and lost_s[0] > 1
+    hot = next(i for i, r in enumerate(rows) if r["lost_s"] > 0)
+    assert (rows[hot]["level"], rows[hot]["temp_c"]) == ("serious", 90.0)
+    assert (rows[1 - hot]["level"], rows[1 - hot]["temp_c"], rows[1 - hot]["lost_s"]) == ("nominal", 60.0, 0.0)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_run_whose_sensor_fails_goes_on_unless_one_is_required(required, data_dir, tmp_path, monkeypatch):
+    "By the one path to a run: it records that nothing was read, or refuses before its folder has a record."
+
+    def gone():
+        raise OSError("driver gone")
+
+    monkeypatch.setattr("finpatch.thermal.choose_sensor", lambda config: gone)
+    config = override(load_experiment_config("sp500_direction"), max_steps=3)
+    config = dataclasses.replace(config, thermal=ThermalConfig(required=required))
+    train = lambda: train_run(
+        config, "5k", data_dir=data_dir, run_dir=tmp_path / "run", is_progress_shown=False, device="cpu"
+    )
+    if required:
+        with pytest.raises(HardwareError, match="got OSError: driver gone.*--no-thermal"):
+            train()
+        assert not list((tmp_path / "run").iterdir())
+    else:
+        train()
+        record, rows = read_json(tmp_path / "run" / "run.json"), read_trace(tmp_path / "run" / "metrics.jsonl")
+        assert record["status"] == "done" and record["effective"]["heat"] == "unknown"
+        assert {r["level"] for r in [*rows, *read_trace(tmp_path / "run" / "thermal.jsonl")]} == {"unknown"}
+    assert not heat_threads()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
