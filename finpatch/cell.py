@@ -7,8 +7,9 @@ __all__ = ['CODE', 'BASELINE_CODE', 'CLOCK', 'DIVERGED', 'Cell', 'code_digest', 
            'describe_effective', 'cell_key', 'count_trial', 'limited_threads', 'describe_cell', 'conclude',
            'forecast_baselines', 'run_cell', 'read_result', 'train_cell']
 
-# %% ../nbs/42b_cell.ipynb #0298ccde
+# %% ../nbs/42b_cell.ipynb #1c7b6ab2
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .baselines import baseline_predictions
+from .baselines import N_TRIALS, tuned_baselines
 from .budget import load_patchtst_config
 from .config import plain
 from .core import HardwareError, InputError, atomic_path, file_digest, json_digest, read_json, write_json
@@ -36,7 +37,7 @@ from .samples import check_splits
 from .targets import Task
 from .trainer import Trainer
 
-# %% ../nbs/42b_cell.ipynb #3675c525
+# %% ../nbs/42b_cell.ipynb #60517fcd
 @dataclass(frozen=True)
 class Cell:
     "One run of a study or a search."
@@ -45,14 +46,15 @@ class Cell:
     budget: str  # "2m", "20k", …
     fold: int = 0
     role: str = "study"  # "search": data after validation is not even loaded; "baselines": no model is trained
+    n_trials: int = N_TRIALS  # Settings that each baseline may try, as many as a budget had
 
-# %% ../nbs/42b_cell.ipynb #527b85bf
+# %% ../nbs/42b_cell.ipynb #a51402bb
 CODE = (
     "kinds", "targets", "episodes", "folds", "samples", "dataset",  # data
     "model_config", "cost", "budget", "patchtst", "compute",  # model
     "trainer", "callbacks", "checkpoint", "job", "run", "cell",  # training
 )  # fmt: skip
-BASELINE_CODE = (*CODE[:6], "baselines", "evaluate", "metrics")
+BASELINE_CODE = (*CODE[:6], "tuned", "baselines", "evaluate", "metrics")
 
 
 @lru_cache
@@ -111,7 +113,7 @@ def make_dataset(source: Source, cell: Cell) -> FinancialDataset:
     check_splits(dataset.samples, dataset.task, ("train", "val"))
     return dataset
 
-# %% ../nbs/42b_cell.ipynb #0d7e2248
+# %% ../nbs/42b_cell.ipynb #a62f957b
 def data_digests(source: Source, config: ExperimentConfig) -> dict[str, str]:
     "Return the content digests of the data and of all its parents, by name and version."
     return {f"{e['dataset_id']} v{e['version']}": e["content_sha256"] for e in source.entries(config)}
@@ -129,7 +131,7 @@ def describe_effective(cell: Cell, source: Source) -> dict:
     parts |= {"data": data_digests(source, cell.config), "code": code_digest()}
     if cell.role == "baselines":
         config = {k: v for k, v in config.items() if k not in ("seed", "optim", "model", "compute")}
-        return parts | {"config": config, "code": code_digest(BASELINE_CODE)}
+        return parts | {"config": config, "n_trials": cell.n_trials, "code": code_digest(BASELINE_CODE)}
     shape = {"n_features": source.n_features(cell.config), "context_length": cell.config.context_length}
     try:
         model = asdict(load_patchtst_config(cell.budget, **shape, **asdict(cell.config.model)))
@@ -182,16 +184,19 @@ def conclude(cell: Cell, source: Source, run_dir: Path, trainer: Trainer, resume
     is_capped = cell.config.optim.patience is not None and result["stop_reason"] != "early_stop"
     return result | {"is_capped": is_capped, "best_val_loss": trainer.best_val_loss}
 
-# %% ../nbs/42b_cell.ipynb #404f8428
+# %% ../nbs/42b_cell.ipynb #5aa6b812
 def forecast_baselines(cell: Cell, source: Source, folder: Path) -> dict:
     "Forecast and store every baseline of a fold."
     table = source.dataset(cell).samples.drop(columns="row").assign(fold=cell.fold)
     frame, task = check_predictions(table.assign(p=0.5)), Task(cell.config.task, horizon=cell.config.horizon)
-    forecasts = file_baselines(frame) | baseline_predictions(task, source.frames(cell.config), frame)
+    tuning = (cell.config.context_length, cell.n_trials)
+    tuned, settings = tuned_baselines(task, source.frames(cell.config), frame, *tuning)
+    forecasts = file_baselines(frame) | tuned
     with atomic_path(folder / "predictions.parquet") as tmp:
         table.assign(**forecasts).to_parquet(tmp, index=False)
     digest = {"predictions.parquet": file_digest(folder / "predictions.parquet")}
-    return {"status": "done", "reason": "", "baselines": sorted(forecasts), "files_sha256": digest}
+    done = {"status": "done", "reason": "", "baselines": sorted(forecasts), "settings": settings}
+    return done | {"files_sha256": digest}
 
 # %% ../nbs/42b_cell.ipynb #b780af2d
 DIVERGED = "the loss must stay finite"
@@ -216,9 +221,10 @@ def read_result(folder: Path) -> dict | None:
     "Return the result of a finished cell."
     return read_json(folder / "result.json") if (folder / "result.json").exists() else None
 
-# %% ../nbs/42b_cell.ipynb #30a2fb05
+# %% ../nbs/42b_cell.ipynb #cbf23f55
 def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: dict) -> dict | None:
     "Train; return status and reason instead of a result where there can be none."
+    began = time.process_time()
     try:
         dataset = source.dataset(cell)
         if cell.role == "baselines":
@@ -230,8 +236,9 @@ def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: di
 
     def end(run_dir, trainer, config, budget, data_dir, resumed_from_step):
         n_params = job.record["n_params_by_part"]
-        core = {"n_core": n_params["encoder"] + n_params["norm"], "best_epoch": trainer.best_epoch}
-        return conclude(cell, source, run_dir, trainer, resumed_from_step) | head | core
+        core = {"n_core": n_params["encoder"] + n_params["norm"]}
+        result = conclude(cell, source, run_dir, trainer, resumed_from_step)
+        return result | head | core | {"cpu_s": time.process_time() - began}
 
     try:
         execute(job, folder, False, conclude=end, **options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'check_lineage', 'make_model_config', 'make_model', 'predict_samples', 'load_frames', 'judge', 'what_it_earned',
-           'plot_learning_curve', 'draw', 'finish']
+           'plot_learning_curve', 'draw', 'store_predictions', 'outcome', 'finish']
 
 # %% ../nbs/41b_job.ipynb #64b6e07a
 import logging
@@ -137,9 +137,9 @@ def plot_learning_curve(
     ax.legend(frameon=False)
     return figure
 
-# %% ../nbs/41b_job.ipynb #16af4fce
+# %% ../nbs/41b_job.ipynb #4739c97f
 def draw(run_dir: Path, kind: str) -> None:
-    "Store the learning curve. A figure that fails is named and ends nothing: the result is on the disk."
+    "Store the learning curve. Epochs count from 1 here, in the metrics and in `best_epoch`. A figure that fails is named and ends nothing: the result is on the disk."
     try:
         with atomic_path(run_dir / "learning_curve.png") as tmp:
             unit = "log loss, nats" if kind == "binary" else "squared error"
@@ -147,7 +147,31 @@ def draw(run_dir: Path, kind: str) -> None:
     except Exception as error:
         log.warning("no learning curve in %s: %s: %s", run_dir, type(error).__name__, error)
 
-# %% ../nbs/41b_job.ipynb #7ee0d86e
+# %% ../nbs/41b_job.ipynb #55ebfe5d
+def store_predictions(run_dir: Path, trainer: Trainer, budget: str, seed: int, fold: int = 0) -> pd.DataFrame:
+    "Predict with the best weights and store every sample."
+    load_weights(trainer.model, run_dir / "best.safetensors")
+    predictions = predict_samples(trainer.model, trainer.dataset, budget, seed, fold)
+    with atomic_path(run_dir / "predictions.parquet") as tmp:
+        predictions.to_parquet(tmp, index=False)
+    return predictions
+
+
+def outcome(
+    run_dir: Path, trainer: Trainer, config: ExperimentConfig, budget: str, resumed_from_step: int | None
+) -> dict[str, object]:
+    "Say how training ended and what it left."
+    return {
+        "schema_version": 1, "run_dir": str(run_dir), "status": "done",
+        "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
+        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch + 1,
+        "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed,
+        "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
+        "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
+        "files_sha256": digest_files(run_dir), "peak_mem_gib": peak_mem_gib(),
+    }
+
+# %% ../nbs/41b_job.ipynb #e848fce3
 def finish(
     run_dir: Path,
     trainer: Trainer,
@@ -157,17 +181,6 @@ def finish(
     resumed_from_step: int | None = None,
 ) -> dict[str, object]:  # For result.json
     "Predict with the best weights and judge; return the result."
-    load_weights(trainer.model, run_dir / "best.safetensors")
-    predictions = predict_samples(trainer.model, trainer.dataset, budget, config.seed)
-    with atomic_path(run_dir / "predictions.parquet") as tmp:
-        predictions.to_parquet(tmp, index=False)
-    result = judge(predictions, config, data_dir, what=run_dir.name)
-    return {
-        "schema_version": 1, "run_dir": str(run_dir), "status": "done",
-        "stop_reason": trainer.stop_reason or ("max_steps" if trainer.step == config.optim.max_steps else "epochs"),
-        "resumed_from_step": resumed_from_step, "n_steps": trainer.step, "best_epoch": trainer.best_epoch + 1,
-        "task": config.task, "horizon": config.horizon, "budget": budget, "seed": config.seed, **result,
-        "weights_sha256": weights_sha256(run_dir / "last.safetensors"),
-        "best_weights_sha256": weights_sha256(run_dir / "best.safetensors"),
-        "files_sha256": digest_files(run_dir), "peak_mem_gib": peak_mem_gib(),
-    }
+    predictions = store_predictions(run_dir, trainer, budget, config.seed)
+    result = judge(predictions, config, data_dir, run_dir.name, read_spreads(run_dir / "metrics.jsonl"))
+    return outcome(run_dir, trainer, config, budget, resumed_from_step) | result

@@ -150,7 +150,7 @@ class Plan:
         outline = SplitsConfig(train_end=eve[0], val_end=eve[1], test_end=asked.test_end)
         return common_sessions(self.source.frames(self.experiment(question, outline, 0, self.config.optim.lr)))
 
-# %% ../nbs/42d_plan.ipynb #7a74e4df
+# %% ../nbs/42d_plan.ipynb #b4973703
 def rate_cells(plan: Plan, question: Question, budget: str, rate: float) -> list[Cell]:
     "Return the runs that try a rate."
     splits, seeds = plan.folds(question)[0], plan.config.rates.seeds
@@ -164,9 +164,11 @@ def study_cells(plan: Plan, question: Question, budget: str, lr: float) -> list[
 
 
 def baseline_cells(plan: Plan, question: Question) -> list[Cell]:
-    "Return what any model must beat, fold by fold."
-    lr, folds = plan.config.optim.lr, plan.folds(question)
-    return [Cell(plan.experiment(question, s, 0, lr), "baselines", k, "baselines") for k, s in enumerate(folds)]
+    "Return what any model must beat, fold by fold, tuned with as many trials as a budget can have."
+    lr, rates = plan.config.optim.lr, plan.config.rates
+    tuned = {"n_trials": rates.n_points + rates.max_extensions} if rates else {}
+    experiments = [plan.experiment(question, splits, 0, lr) for splits in plan.folds(question)]
+    return [Cell(c, "baselines", k, "baselines", **tuned) for k, c in enumerate(experiments)]
 
 # %% ../nbs/42d_plan.ipynb #fff6925f
 Known = Callable[[Cell], dict | None]  # The result of a cell, None while there is none

@@ -45,7 +45,7 @@ def study(args: argparse.Namespace) -> Answer:
     how = {"device": args.device or "auto", "n_workers": args.workers, "is_cooled": not args.no_thermal}
     return study_answer(run_study(config, **where, **how))
 
-# %% ../nbs/49a_study_answers.ipynb #aec3b874
+# %% ../nbs/49a_study_answers.ipynb #e679844f
 def question_lines(said: dict) -> list[str]:  # Lines for a terminal
     "Write loss and skill of each size, and the baselines that were chosen."
     from finpatch.table import cell
@@ -53,9 +53,9 @@ def question_lines(said: dict) -> list[str]:  # Lines for a terminal
     name = f"{said['task']}.h{said['horizon']} on {said['tier']}, context {said['context_length']}"
     unit = said.get("unit", "")
     lines = [f"{name}: {said.get('n_days', 0)} days, loss and skill over the best baseline in {unit}"]
-    for row in said.get("sizes", []):
+    for row in said.get("by_size", []):
         lr = (said.get("lr") or {}).get(row["budget"])
-        mark = "  hit the cap on epochs" if row["budget"] in said["capped"] else ""
+        mark = "  hit the cap on epochs" if row["budget"] in said.get("capped", []) else ""
         lines.append(f"{row['budget']:>8} {row['n_core']:>12,} core  {cell(row['loss'])}  {cell(row['skill'])}  lr {lr:g}{mark}")
     lines += [f"{b:>8} left out: {reason}" for b, reason in said.get("left_out", {}).items()]
     names = said.get("baselines", [])
