@@ -73,6 +73,15 @@ def budget(args: argparse.Namespace) -> Answer:
     ]
     return Answer(rows, "\n".join([head, *lines]))
 
+# %% ../nbs/49_answers.ipynb #e865fc80
+def power(args: argparse.Namespace) -> Answer:
+    "Say what the test span of an experiment or a study could show, before any training."
+    from finpatch.power import answer_question, power_text, questions_of
+
+    budgets = args.budgets.split(",") if args.budgets else None
+    found = [answer_question(asked, args.data_dir) for asked in questions_of(args.config, budgets)]
+    return Answer(found[0] | {"questions": found}, "\n\n".join(map(power_text, found)))
+
 # %% ../nbs/49_answers.ipynb #1ce057a0
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget, or go on with a run that was stopped, and show the result."
