@@ -129,7 +129,7 @@ def check_compiled(model: nn.Module, x: Tensor, precision: str) -> None:
         raise HardwareError("a compiled model must compute the same", f"a relative difference of {worst:.1e}", "Leave it off.")
     compute_once(model, model.train(), x, context)
 
-# %% ../nbs/25_compute.ipynb #28af0221
+# %% ../nbs/25_compute.ipynb #af030ca8
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     "Put random states, buffers, gradients and mode back at the end."
@@ -158,7 +158,7 @@ def compile_model(
             check_compiled(model, x, precision)
         except Exception as error:  # of the compiler, the linker, the file system, the backend …
             model._compiled_call_impl = None
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             log.warning("the model runs uncompiled, since torch.compile fails here: %s: %s", type(error).__name__, reason)
             return False
     return True
