@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from finpatch.cli import main, make_parser
-from finpatch.core import read_json
+from finpatch.status import read_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -279,5 +279,5 @@ def test_kills_during_fetch_build_and_train_leave_the_next_command_working(tmp_p
         assert done.returncode == 0, done.stderr
     assert finpatch("verify", *where).returncode == 0
     for folder in (tmp_path / "runs").iterdir():
-        status = read_json(folder / "run.json")["status"] if (folder / "run.json").exists() else "running"
+        status = read_record(folder)["status"] if (folder / "run.json").exists() else "running"
         assert (status == "done") == (folder / "result.json").exists()
