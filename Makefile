@@ -52,6 +52,9 @@ style: $(VENV)/all.done ## Print the house figures of each notebook
 docs: $(VENV)/all.done ## Build the site into _docs, with Quarto or its stand-in; no network is needed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/docs/build
 
+bench: $(VENV)/all.done ## Time this project beside its peers and write benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
+
 lab: $(VENV)/all.done ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 

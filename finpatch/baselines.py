@@ -77,10 +77,10 @@ def check_labels(
         found = f"{int(differs.sum())} other than it says, first {rows['origin'][differs].iloc[0]:%Y-%m-%d}"
         raise InputError("labels of the frame must be those of the task", found, "Give the run's task and prices.")
 
-# %% ../nbs/41_baselines.ipynb #b1fc4b34
+# %% ../nbs/41_baselines.ipynb #083bba43
 def one_thread() -> threadpool_limits:
     "Return a context in which linear algebra and trees use one thread."
-    import sklearn.ensemble  # noqa: F401  only a library that is loaded can be limited
+    import sklearn.ensemble  # only a library that is loaded can be limited
 
     return threadpool_limits(limits=1)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'BAR', 'lr_at', 'Schedule', 'EarlyStop', 'save_weights', 'load_weights', 'SaveWeights', 'WriteMetrics',
-           'Progress', 'default_callbacks']
+           'val_sharpness', 'Progress', 'default_callbacks']
 
-# %% ../nbs/31_callbacks.ipynb #e62bbdf6
+# %% ../nbs/31_callbacks.ipynb #0a3bc233
 import json
 import math
 import os
@@ -95,9 +95,9 @@ class SaveWeights(Callback):
         if trainer.is_best:
             save_weights(trainer.model, self.folder / "best.safetensors")
 
-# %% ../nbs/31_callbacks.ipynb #3bac00d6
+# %% ../nbs/31_callbacks.ipynb #32afc555
 class WriteMetrics(Callback):
-    "Append losses, learning rate, clock and `extra` to a JSONL file."
+    "Append losses, spread, learning rate, clock and `extra` to a JSONL file."
 
     order = 40
 
@@ -110,17 +110,24 @@ class WriteMetrics(Callback):
     def after_epoch(self, trainer: Trainer) -> None:
         row = {"step": trainer.step, "epoch": trainer.epoch + 1}
         row |= {k: getattr(trainer, k) for k in ("train_loss", "val_loss", "is_best")}
+        row["sharpness"] = val_sharpness(trainer)
         row |= {"lr": trainer.optimizer.param_groups[0]["lr"], "wall_s": round(time.monotonic() - self.began, 3)}
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row | trainer.extra) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
-# %% ../nbs/31_callbacks.ipynb #ea8cd356
+# %% ../nbs/31_callbacks.ipynb #1a582779
+def val_sharpness(trainer: Trainer) -> float:  # R
+    "Return the spread of the forecasts that the last validation made."
+    task, y = trainer.dataset.task, trainer.dataset.y[trainer.dataset.index["val"]].cpu().numpy()
+    return sharpness(task.link(trainer.split_logits.numpy()), y, task.kind == "binary")
+
+# %% ../nbs/31_callbacks.ipynb #a43f9364
 WIDTH = "" if any(c.__name__ == "tqdm_notebook" for c in tqdm.__mro__) else ":8"  # a widget has its own
 BAR = f"|{{bar{WIDTH}}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
 
-
+# %% ../nbs/31_callbacks.ipynb #1c692c3f
 class Progress(Callback):
     "Show steps, rate, time left, the last losses and what others show."
 

@@ -125,7 +125,7 @@ def check_horizon(
         raise InputError(rule, f"{horizon} for labels that span {found} of its sessions", "Leave it out.")
     return found if horizon is None else horizon
 
-# %% ../nbs/40_evaluate.ipynb #35197bae
+# %% ../nbs/40_evaluate.ipynb #9fc61835
 def evaluate_predictions(
     frame: pd.DataFrame,  # Predictions, as predictions.parquet or with its five required columns
     horizon: int | None = None,  # h in sessions of the file; None: read off the file
@@ -145,7 +145,7 @@ def evaluate_predictions(
     result["alarms"] = collapse_alarms(history or [])
     for split in [s for s in ("val", "test") if (frame["split"] == s).any()]:
         add_split(result, split, frame, forecasts)
-        add_details(result, split, frame, forecasts, has_history=history is not None)
+        add_details(result, split, frame, forecasts, has_history=bool(history))
     return result | {"recalibrated": recalibrated(frame, forecasts["model"], forecasts[best], horizon, binary)}
 
 # %% ../nbs/40_evaluate.ipynb #1e6451d6

@@ -137,9 +137,9 @@ def plot_learning_curve(
     ax.legend(frameon=False)
     return figure
 
-# %% ../nbs/41b_job.ipynb #16af4fce
+# %% ../nbs/41b_job.ipynb #4739c97f
 def draw(run_dir: Path, kind: str) -> None:
-    "Store the learning curve. A figure that fails is named and ends nothing: the result is on the disk."
+    "Store the learning curve. Epochs count from 1 here, in the metrics and in `best_epoch`. A figure that fails is named and ends nothing: the result is on the disk."
     try:
         with atomic_path(run_dir / "learning_curve.png") as tmp:
             unit = "log loss, nats" if kind == "binary" else "squared error"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'NO_HEAT', 'keep_reading', 'SensorThread', 'wait_for_device', 'Brake', 'Witness', 'choose_later',
-           'require_known', 'join_heat', 'ThermalCallback', 'watch']
+           'require_known', 'join_heat', 'Watched', 'ThermalCallback', 'watch']
 
 # %% ../nbs/32_thermal.ipynb #4c4d1038
 import functools
@@ -157,11 +157,42 @@ def join_heat(a: dict, b: dict) -> dict:  # level, temp_c, lost_s
     level = max(a["level"], b["level"], key=LEVELS.index)
     return {"level": level, "temp_c": max(temps, default=None), "lost_s": round(a["lost_s"] + b["lost_s"], 3)}
 
-# %% ../nbs/32_thermal.ipynb #3a8d07d5
-class ThermalCallback(Callback):
-    "Hold the run back while the machine is hot; ask to stop when that does not help."
+# %% ../nbs/32_thermal.ipynb #ed05d5c9
+class Watched(Callback):
+    "The part of the callback that reads the heat and shows it."
 
     order = 60
+    reader = None
+
+    def start(self) -> str:  # Which sensor answered; "unknown": none
+        "Start to read; raise if the first reading is unknown though one is required."
+        self.reader = self.make_reader(self.sensor, self.config.interval_s, self.clock)
+        reading = require_known(self.reader, self.config)
+        return "unknown" if grade(reading, self.config) == "unknown" else reading.source
+
+    def before_fit(self, trainer: Trainer) -> None:
+        if self.reader is None:
+            self.start()
+        self.heat, self.brake = Witness(self.config, self.reader.latest), Brake(self.config, self.sleep, self.clock)
+        self.heat()  # what cannot be read is said before the line of progress begins
+        trainer.shown["heat"] = str(self.heat)
+        self.trace.open()
+
+    def before_epoch(self, trainer: Trainer) -> None:
+        trainer.extra |= NO_HEAT
+
+    def while_waiting(self, trainer: Trainer) -> None:
+        trainer.shown["heat"] = f"{self.brake.action}: {self.heat}"
+
+    def after_fit(self, trainer: Trainer) -> None:
+        if self.reader is not None:
+            self.reader.end()
+            self.reader = None
+        self.trace.close()
+
+# %% ../nbs/32_thermal.ipynb #72d3a578
+class ThermalCallback(Watched):
+    "Hold the run back while the machine is hot; ask to stop when that does not help."
 
     def __init__(
         self,
@@ -175,31 +206,13 @@ class ThermalCallback(Callback):
     ):
         self.config, self.sleep, self.clock, self.make_reader = config or ThermalConfig(), sleep, clock, make_reader
         self.sensor = guard(sensor or choose_later(self.config), "sensor")
-        self.trace, self.reader, self.lost_s = Trace(path), None, 0.0
-
-    def start(self) -> str:  # Which sensor answered; "unknown": none
-        "Start to read; raise if the first reading is unknown though one is required."
-        self.reader = self.make_reader(self.sensor, self.config.interval_s, self.clock)
-        reading = require_known(self.reader, self.config)
-        return "unknown" if grade(reading, self.config) == "unknown" else reading.source
-
-    def before_fit(self, trainer: Trainer) -> None:
-        if self.reader is None:
-            self.start()
-        self.heat, self.brake = Witness(self.config, self.reader.latest), Brake(self.config, self.sleep, self.clock)
-        self.trace.open()
-
-    def before_epoch(self, trainer: Trainer) -> None:
-        trainer.extra |= NO_HEAT
+        self.trace, self.lost_s = Trace(path), 0.0
 
     def hold(self, trainer: Trainer) -> None:
         self.brake.hold(self.heat, trainer)
         trainer.shown["heat"] = str(self.heat)
 
     after_micro_batch = after_eval_batch = hold
-
-    def while_waiting(self, trainer: Trainer) -> None:
-        trainer.shown["heat"] = f"{self.brake.action}: {self.heat}"
 
     def after_step(self, trainer: Trainer) -> None:
         self.hold(trainer)
@@ -208,12 +221,6 @@ class ThermalCallback(Callback):
         self.trace.add({"step": trainer.step} | row | {"action": action})
         trainer.extra |= join_heat(NO_HEAT | trainer.extra, row)
         self.lost_s += lost_s
-
-    def after_fit(self, trainer: Trainer) -> None:
-        if self.reader is not None:
-            self.reader.end()
-            self.reader = None
-        self.trace.close()
 
 # %% ../nbs/32_thermal.ipynb #49399597
 def watch(

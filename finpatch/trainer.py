@@ -110,7 +110,7 @@ def update(trainer: "Trainer") -> None:
     trainer.optimizer.found_inf = is_bad.float()
     trainer.optimizer.step()
 
-# %% ../nbs/30_trainer.ipynb #cbcf0d22
+# %% ../nbs/30_trainer.ipynb #1d866b68
 @torch.no_grad()
 def predict_logits(
     model: torch.nn.Module,
@@ -135,6 +135,7 @@ def mean_loss(trainer: "Trainer", split: str) -> float:
     samples, tell = dataset.index[split].to(dataset.row.device), partial(trainer.emit, "after_eval_batch")
     with trainer.autocast():
         logits = predict_logits(trainer.model, dataset, dataset.row[samples], after_batch=tell)  # (n,)
+    trainer.split_logits = logits
     return dataset.task.loss(logits[:, None], dataset.y[samples].cpu()).double().mean().item()
 
 # %% ../nbs/30_trainer.ipynb #5d530b96

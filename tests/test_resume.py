@@ -169,7 +169,7 @@ def test_a_kill_between_the_result_and_the_last_record_leaves_a_run_that_is_done
     with pytest.raises(InputError, match="got a finished one"):
         resume_run(path, data_dir)
     words = [sys.executable, "-m", "finpatch", "runs", "--runs-dir", str(tmp_path / "runs")]
-    assert subprocess.run(words, capture_output=True, text=True).stdout.split()[0] == "done"
+    assert subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[1].split()[0] == "done"
 
 
 def die_after_the_result(run_dir, data_dir):

@@ -91,6 +91,7 @@ class Outline(HTMLParser):
             self.loads += [named[key] for key in ("src", "href", "srcset") if named.get(key)]
 
 
+@functools.cache
 def outline(path: Path) -> Outline:
     return Outline(path.read_text(encoding="utf-8"))
 

@@ -315,7 +315,7 @@ def test_a_hanging_tracker_cannot_keep_the_interpreter(tmp_path):
     code = """
 import time
 import finpatch.tracking as t
-t.SERVE = "import time; time.sleep(600)"
+t.SERVE = "import sys; sys.stdin.read()"  # answers nothing, and is gone when nobody could ask any more
 tracking = t.TrackingCallback([t.Remote("mlflow", "e", "."), t.Remote("wandb", "p", ".")], limit_s=0.5)
 tracking.before_fit(None)
 time.sleep(0.5)

@@ -4,11 +4,14 @@ The notebooks show each verdict on one ladder. Here are the rates over thousands
 losses, and what must be refused. Every rate comes from seed 0.
 """
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,8 @@ from finpatch.scaling import comparisons, verdict
 
 X = np.array([4.0, 4.5, 5.0, 5.5, 6.0])
 SIZES, SEEDS = 10**X, 3
-BY_SIZE, BY_SEED, LUCK = 0.05, 0.05, 0.002  # standard deviations: day × size, day × size × seed, a seed's own offset
+MIXED = (0.05, 0.05, 0.004)  # standard deviations: day × size, day × size × seed, a seed's own offset
+QUARREL = (0.0, 0.05, 0.0)  # seeds disagree from day to day, in no direction, as models that found nothing do
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 
@@ -29,23 +33,23 @@ def overlapping(rng, shape, n, h):
     return (shocks[..., h:] - shocks[..., :-h]) / math.sqrt(h)
 
 
-def null_losses(rng, n, h):
+def null_losses(rng, n, h, world=MIXED):
     "Losses (sizes, seeds, sessions) in which size does nothing."
-    k = len(SIZES)
-    days = 0.69 + 0.1 * overlapping(rng, (1, 1), n, h) + BY_SIZE * overlapping(rng, (k, 1), n, h)
-    return days + BY_SEED * overlapping(rng, (k, SEEDS), n, h) + LUCK * rng.standard_normal((k, SEEDS, 1))
+    k, (by_size, by_seed, luck) = len(SIZES), world
+    days = 0.69 + 0.1 * overlapping(rng, (1, 1), n, h) + by_size * overlapping(rng, (k, 1), n, h)
+    return days + by_seed * overlapping(rng, (k, SEEDS), n, h) + luck * rng.standard_normal((k, SEEDS, 1))
 
 
-def true_se(n, h):
+def true_se(n, h, world=MIXED):
     "The standard error of the slope that `null_losses` has."
-    w = (X - X.mean()) / ((X - X.mean()) ** 2).sum()
-    return math.sqrt((w**2).sum() * ((BY_SIZE**2 + BY_SEED**2 / SEEDS) * h / n + LUCK**2 / SEEDS))
+    w, (by_size, by_seed, luck) = (X - X.mean()) / ((X - X.mean()) ** 2).sum(), world
+    return math.sqrt((w**2).sum() * ((by_size**2 + by_seed**2 / SEEDS) * h / n + luck**2 / SEEDS))
 
 
-def names(n_panels, n, h, slope=0.0):
+def names(n_panels, n, h, world=MIXED, slope=0.0):
     rng = np.random.default_rng(0)
     tilt = slope * (X - X.mean())[:, None, None]
-    return [verdict(null_losses(rng, n, h) + tilt, SIZES, horizon=h)["verdict"] for _ in range(n_panels)]
+    return [verdict(null_losses(rng, n, h, world) + tilt, SIZES, horizon=h)["verdict"] for _ in range(n_panels)]
 
 
 @pytest.mark.parametrize(("n_panels", "n", "h"), [(2000, 500, 1), (5000, 750, 5)])
@@ -54,7 +58,14 @@ def test_nothing_is_read_as_a_finding_as_often_as_it_should(n_panels, n, h):
     found = names(n_panels, n, h)
     for name in ("helps", "hurts"):
         assert 0.0165 <= found.count(name) / n_panels <= 0.0345, (name, found.count(name))
-    assert found.count("best_at") <= 0.005 * n_panels
+    assert found.count("best_at") <= 0.01 * n_panels
+
+
+def test_days_are_not_counted_twice_where_seeds_only_disagree():
+    "The true rate is 1.8 % here, a little careful; counting the days again as seeds would make it 0.4 %."
+    found = names(2000, 500, 1, QUARREL)
+    for name in ("helps", "hurts"):
+        assert 0.01 <= found.count(name) / 2000 <= 0.0345, (name, found.count(name))
 
 
 @pytest.mark.parametrize(("n", "h"), [(500, 1), (750, 5)])
@@ -231,3 +242,35 @@ def test_no_torch_is_needed():
     code = "import sys; import finpatch.scaling, finpatch.synthetic; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_power_is_answered_before_there_is_data(tmp_path, capsys):
+    from finpatch.cli import main
+
+    where = ["--data-dir", str(tmp_path), "--config", "sp500_direction"]
+    assert main(["power", *where, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_days"], found["n_spans"], found["counted_on"], found["is_enough"]) == (754, 754, "calendar", False)
+    assert "cannot separate budgets" in found["sentence"] and found["pair"] == pytest.approx(0.0061, abs=5e-5)
+    assert main(["power", *where, "--budgets", "10k,30k,100k"]) == 0
+    assert "budgets 10k, 30k, 100k" in capsys.readouterr().out
+    assert main(["power", *where, "--budgets", "10k"]) == 1
+    assert "two or more sizes" in capsys.readouterr().err
+
+
+def test_power_refuses_data_that_was_changed_and_reads_no_test_label(data_dir, tmp_path):
+    from finpatch.manifest import load_frame
+    from finpatch.power import answer_question, questions_of, test_days
+
+    asked = questions_of("sp500_threshold_1pct")[0]
+    frame = load_frame(data_dir, "SP500.dataset.a20")
+    moved = frame.copy()
+    late = moved.index > pd.Timestamp(asked.spans.val_end)
+    moved.loc[late, ["Open", "High", "Low", "Close"]] *= np.exp(np.linspace(0, 3, late.sum()))[:, None]
+    assert test_days(asked, {"SP500": moved}) == test_days(asked, {"SP500": frame})
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / "processed" / "SP500.dataset.a20.v1.parquet"
+    stored = pd.read_parquet(path)
+    stored.assign(Close=stored["Close"] * 1.01).to_parquet(path, index=False)
+    with pytest.raises(InputError, match="must have the content"):
+        answer_question(asked, tmp_path / "data")

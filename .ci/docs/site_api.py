@@ -10,6 +10,7 @@ import ast
 import re
 import runpy
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 
@@ -102,6 +103,7 @@ def render(node: ast.AST, name: str, lines: list[str], source: str, module: dict
     return "\n\n".join(p for p in parts if p)
 
 
+@cache
 def symbols() -> dict[str, str]:
     "Map each name of the package to its place on the site; of two with one name, that of the module of this name."
     cfg = get_config()
@@ -118,6 +120,7 @@ def symbols() -> dict[str, str]:
     return found
 
 
+@cache
 def pages() -> dict[str, str]:
     "Map the modules and their notebooks to their pages, for the map of the index."
     cfg = get_config()
