@@ -1,14 +1,10 @@
-"""A tiny study, and what its child processes do; a forkserver that preloads this module starts them warm."""
+"""A tiny study, what its child processes do, and how they start."""
 
+import multiprocessing
+import sys
 import time
 from datetime import date
 
-import sklearn.ensemble  # noqa: F401
-import torch
-import torch._dynamo
-
-from finpatch.cell import limited_threads
-from finpatch.doctor import certify_once
 from finpatch.experiment import ModelConfig, OptimConfig
 from finpatch.folds import FoldsConfig
 from finpatch.plan import AxesConfig, StudyConfig
@@ -29,8 +25,8 @@ STUDY = StudyConfig(
 )
 QUIET = {"device": "cpu", "is_progress_shown": False, "n_workers": 0}
 
-with limited_threads(1):
-    certify_once(torch.device("cpu"), None, 1)
+# A forked child has torch, scikit-learn and the certificate of the device at once; elsewhere forking is not safe.
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "forkserver")
 
 
 class Slow(Callback):
@@ -49,13 +45,9 @@ def search_in_child(config, search_dir, data):
 
 
 def parent_of_worker(study_dir, data, answer):
-    "Fork a worker, tell its process number, and wait to be killed."
-    import multiprocessing
-
+    "Start a worker, tell its process number, and wait to be killed."
     options = {"is_cooled": False, "callbacks": (Slow(),)}
-    worker = multiprocessing.get_context("fork").Process(
-        target=serve, args=(STUDY, study_dir, data, "cpu", options, answer)
-    )
+    worker = CONTEXT.Process(target=serve, args=(STUDY, study_dir, data, "cpu", options, answer))
     worker.start()
     answer.send(worker.pid)
     time.sleep(600)

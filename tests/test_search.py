@@ -1,13 +1,12 @@
 """G5, G6, G9 of a search. Risk: settings that no run reads are ranked, a test span steers the choice, a kill changes it."""
 
 import dataclasses
-import multiprocessing
 import random
 import time
 
 import numpy as np
 import pytest
-from study_worker import STUDY, search_in_child
+from study_worker import CONTEXT, STUDY, search_in_child
 
 from finpatch.cell import Cell, Source, limited_threads, run_cell
 from finpatch.config import dump_yaml
@@ -21,6 +20,8 @@ SPACE = (
     RangeConfig(key="optim.weight_decay", low=1e-3, high=0.5, is_log=True),
     RangeConfig(key="model.dropout", low=0.0, high=0.5),
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,11 @@ def trials(search_dir):
 
 
 def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, data, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["study_worker"])
     whole = run_search(config, "2k", data_dir=data, search_dir=tmp_path / "whole", device="cpu", is_cooled=False)
     n_looks = len(read_looks(data / "ledger.jsonl"))
     rng, killed = random.Random(0), tmp_path / "killed"
     for n_kills in range(3):
-        child = context.Process(target=search_in_child, args=(config, killed, data))
+        child = CONTEXT.Process(target=search_in_child, args=(config, killed, data))
         child.start()
         deadline = time.monotonic() + 200
         while len(list(killed.glob("cells/*/run.json"))) < 4 * n_kills + 2 and time.monotonic() < deadline:

@@ -8,7 +8,6 @@ the table of one that was not; the key of a cell is held against everything that
 import ast
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from study_worker import QUIET, STUDY, parent_of_worker, study_in_child
+from study_worker import CONTEXT, QUIET, STUDY, parent_of_worker, study_in_child
 
 import finpatch
 from finpatch import cell as cell_module
@@ -39,6 +38,8 @@ from finpatch.rates import RatesConfig
 from finpatch.study import run_study
 from finpatch.thermal_config import ThermalConfig
 from finpatch.work import Results
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +71,16 @@ def changed(config, key, value):
 # Killed, shared, stopped
 
 
-@pytest.fixture(scope="module")
-def context():
-    "Processes that start warm."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["study_worker"])
-    return context
-
-
 def wait_for(pattern, study_dir, n=1):
     deadline = time.monotonic() + 200
     while len(list(study_dir.glob(pattern))) < n and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_not(context, data, whole, tmp_path):
+def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_not(data, whole, tmp_path):
     rng, study_dir, done = random.Random(0), tmp_path / "killed", []
     for n_kills in range(4):
-        child = context.Process(target=study_in_child, args=(study_dir, data))
+        child = CONTEXT.Process(target=study_in_child, args=(study_dir, data))
         child.start()
         wait_for("cells/*/result.json", study_dir, 2 * n_kills + 1)
         time.sleep(rng.uniform(0, 0.2))
@@ -104,13 +97,14 @@ def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_no
         assert all((study_dir / "cells" / k / "result.json").read_bytes() == v for k, v in cells.items())
 
 
-def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(data, whole, tmp_path):
+def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(data, whole, tmp_path, monkeypatch):
     study_dir = tmp_path / "study"
 
     def terminate():
         wait_for("cells/*/result.json", study_dir)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr("finpatch.work.multiprocessing.get_context", lambda method: CONTEXT)
     threading.Thread(target=terminate).start()
     options = QUIET | {"data_dir": data, "study_dir": study_dir}
     run_study(STUDY, **options | {"n_workers": 1})
@@ -131,9 +125,9 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_no_worker_survives_its_parent(context, data, tmp_path):
-    receive, send = context.Pipe(duplex=False)
-    parent = context.Process(target=parent_of_worker, args=(tmp_path / "study", data, send))
+def test_no_worker_survives_its_parent(whole, data, tmp_path):
+    receive, send = CONTEXT.Pipe(duplex=False)
+    parent = CONTEXT.Process(target=parent_of_worker, args=(tmp_path / "study", data, send))
     parent.start()
     worker = receive.recv()
     wait_for("cells/*/run.json", tmp_path / "study")
