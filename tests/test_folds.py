@@ -50,7 +50,7 @@ def test_no_training_label_reaches_past_its_span_and_the_purge_is_exact(history)
     days, config, h = history
     folds = make_folds(days, config, max_context=30)
     place = {str(d.date()): i for i, d in enumerate(days)}
-    last_test = None
+    last_test = next_test = None
     for fold in folds:
         train_end, val_end, test_end = (place[str(d)] for d in (fold.train_end, fold.val_end, fold.test_end))
         origins = split_origins(days, fold, h)
@@ -58,6 +58,10 @@ def test_no_training_label_reaches_past_its_span_and_the_purge_is_exact(history)
         begin = place[str(fold.train_start)] if fold.train_start else 0
         want = [t for t in range(29, len(days) - h) if begin <= t + 1 and t + h <= train_end - config.embargo]
         assert train.tolist() == want
+        assert val_end - train_end == config.val_sessions
+        assert config.train_sessions in (None, train_end - begin + 1)
+        assert next_test in (None, val_end)
+        next_test = test_end
         assert val.tolist() == list(range(train_end, val_end - h + 1))
         assert test.tolist() == list(range(val_end, test_end - h + 1))
         if len(val) and len(test):
