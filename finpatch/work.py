@@ -132,7 +132,7 @@ class Once(logging.Filter):
         self.said.add(text)
         return is_new
 
-# %% ../nbs/43a_work.ipynb #2d4e64ab
+# %% ../nbs/43a_work.ipynb #54faf55e
 PRELOADED = ["finpatch.work", "torch._dynamo", "sklearn.ensemble", "sklearn.linear_model"]
 
 
@@ -152,13 +152,13 @@ def start_workers(n: int, *args: object) -> list[tuple[multiprocessing.Process, 
         workers.append((process, receive))
     return workers
 
-
+# %% ../nbs/43a_work.ipynb #4cac6745
 def gather(workers: list[tuple], study_dir: Path, on_poll: Callable[[], None]) -> dict:
     "Wait for the workers; on an interruption ask them to stop, and wait on."
     while any(process.is_alive() for process, _ in workers):
         try:
             on_poll()
-            workers[0][0].join(0.3)
+            workers[0][0].join(1.0)
             time.sleep(0.1)
         except KeyboardInterrupt:
             (study_dir / "STOP").touch()
