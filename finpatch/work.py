@@ -41,7 +41,7 @@ class Results:
             self.read[cell] = result
         return self.read[cell]
 
-# %% ../nbs/43a_work.ipynb #cd3e98ea
+# %% ../nbs/43a_work.ipynb #98f95cdc
 class PauseWith(Callback):
     "Request a pause when the study is to stop."
 
@@ -50,9 +50,11 @@ class PauseWith(Callback):
     def __init__(self, is_over: Callable[[], bool]):
         self.is_over = is_over
 
-    def after_step(self, trainer: Trainer) -> None:
+    def look(self, trainer: Trainer) -> None:
         if self.is_over():
             trainer.request_pause("study stopped")
+
+    after_micro_batch = after_step = after_eval_batch = while_waiting = look
 
 
 def is_over(study_dir: Path) -> bool:

@@ -41,7 +41,9 @@ def study_in_child(study_dir, data):
 
 
 def search_in_child(config, search_dir, data):
-    run_search(config, "2k", data_dir=data, search_dir=search_dir, device="cpu", is_cooled=False)
+    run_search(
+        config, "2k", data_dir=data, search_dir=search_dir, device="cpu", is_cooled=False, is_progress_shown=False
+    )
 
 
 def parent_of_worker(study_dir, data, answer):

@@ -42,7 +42,15 @@ def trials(search_dir):
 
 
 def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, data, tmp_path):
-    whole = run_search(config, "2k", data_dir=data, search_dir=tmp_path / "whole", device="cpu", is_cooled=False)
+    whole = run_search(
+        config,
+        "2k",
+        data_dir=data,
+        search_dir=tmp_path / "whole",
+        device="cpu",
+        is_cooled=False,
+        is_progress_shown=False,
+    )
     n_looks = len(read_looks(data / "ledger.jsonl"))
     rng, killed = random.Random(0), tmp_path / "killed"
     for n_kills in range(3):
@@ -55,7 +63,7 @@ def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, data,
         child.kill()
         child.join()
         assert not (killed / "result.json").exists(), "the search was too short to be killed so often"
-    run_search(config, "2k", data_dir=data, search_dir=killed, device="cpu", is_cooled=False)
+    run_search(config, "2k", data_dir=data, search_dir=killed, device="cpu", is_cooled=False, is_progress_shown=False)
     assert trials(killed) == trials(whole)
     assert len({t["val_loss"] for t in trials(whole)}) == 8
     assert len(read_looks(data / "ledger.jsonl")) == n_looks  # the same trials are the same looks
@@ -84,7 +92,15 @@ def test_a_value_that_the_run_does_not_read_is_an_error(config, data, tmp_path, 
     dead = lambda model, optim: honest(model, dataclasses.replace(optim, weight_decay=0.05))
     monkeypatch.setattr(owner, "make_optimizer", dead)
     with pytest.raises(InputError, match=r"optim.weight_decay`; got the same from 0.001 to 0.5"):
-        run_search(config, "2k", data_dir=data, search_dir=tmp_path / "s", device="cpu", is_cooled=False)
+        run_search(
+            config,
+            "2k",
+            data_dir=data,
+            search_dir=tmp_path / "s",
+            device="cpu",
+            is_cooled=False,
+            is_progress_shown=False,
+        )
     assert not (tmp_path / "s" / "result.json").exists()
 
 
@@ -98,4 +114,12 @@ def test_a_value_that_is_lost_on_the_way_to_the_model_is_an_error(config, data, 
     no_probe = dataclasses.replace(config, space=(SPACE[1],), n_trials=4)
     monkeypatch.setattr(owner, "check_consumed", lambda *args: True)
     with pytest.raises(InputError, match="must use the values of its trial"):
-        run_search(no_probe, "2k", data_dir=data, search_dir=tmp_path / "s", device="cpu", is_cooled=False)
+        run_search(
+            no_probe,
+            "2k",
+            data_dir=data,
+            search_dir=tmp_path / "s",
+            device="cpu",
+            is_cooled=False,
+            is_progress_shown=False,
+        )
