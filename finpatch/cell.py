@@ -7,7 +7,7 @@ __all__ = ['CODE', 'BASELINE_CODE', 'CLOCK', 'DIVERGED', 'Cell', 'code_digest', 
            'describe_effective', 'cell_key', 'count_trial', 'limited_threads', 'describe_cell', 'conclude',
            'forecast_baselines', 'run_cell', 'read_result', 'train_cell']
 
-# %% ../nbs/42b_cell.ipynb #1c7b6ab2
+# %% ../nbs/42b_cell.ipynb #44322758
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from .job import check_lineage, load_frames, outcome, store_predictions
 from .ledger import read_looks, record_look
 from .lock import exclusive
 from .predictions import span_digest
-from .run import assemble, execute
+from .run import add_session, assemble, execute
 from .samples import check_splits
 from .targets import Task
 from .trainer import Trainer
@@ -221,7 +221,7 @@ def read_result(folder: Path) -> dict | None:
     "Return the result of a finished cell."
     return read_json(folder / "result.json") if (folder / "result.json").exists() else None
 
-# %% ../nbs/42b_cell.ipynb #cbf23f55
+# %% ../nbs/42b_cell.ipynb #ab7876ea
 def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: dict) -> dict | None:
     "Train; return status and reason instead of a result where there can be none."
     began = time.process_time()
@@ -233,6 +233,9 @@ def train_cell(cell: Cell, source: Source, folder: Path, head: dict, options: di
         job = assemble(cell.config, cell.budget, *parts)
     except InputError as error:
         return {"status": "refused", "reason": str(error)}
+
+    if (folder / "run.json").exists():
+        add_session(job, read_json(folder / "run.json"))
 
     def end(run_dir, trainer, config, budget, data_dir, resumed_from_step):
         n_params = job.record["n_params_by_part"]

@@ -26,9 +26,9 @@ from .plan import Known, Plan, Question, baseline_cells, chosen_rate, known_cell
 from .predictions import span_digest
 from .targets import Task
 
-# %% ../nbs/43b_pool.ipynb #d4e0888f
+# %% ../nbs/43b_pool.ipynb #497bb9e1
 KEPT = ("status", "reason", "stop_reason", "is_capped", "n_params", "n_core", "n_steps", "best_epoch", "best_val_loss",
-        "best_weights_sha256", "wall_s", "cpu_s", "peak_mem_gib")  # fmt: skip
+        "is_bitwise", "best_weights_sha256", "wall_s", "cpu_s", "peak_mem_gib")  # fmt: skip
 CLOCK = ("wall_s", "cpu_s", "peak_mem_gib")  # Not the same twice
 
 
@@ -41,7 +41,7 @@ def results_table(
         key = cell_key(cell, plan.source)
         result = known(cell) or {"status": "open", "reason": (failed or {}).get(key, "")}
         rows.append(describe_cell(cell, key) | {name: result.get(name) for name in KEPT})
-    return pd.DataFrame(rows).astype({"is_capped": "boolean", "n_params": "Int64", "n_core": "Int64"})
+    return pd.DataFrame(rows).astype({"is_capped": "boolean", "is_bitwise": "boolean", "n_params": "Int64", "n_core": "Int64"})
 
 # %% ../nbs/43b_pool.ipynb #38c82b13
 def read_predictions(cell: Cell, plan: Plan, known: Known, cells_dir: Path) -> pd.DataFrame:

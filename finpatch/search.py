@@ -7,13 +7,15 @@ __all__ = ['PROTOCOL', 'OWNERS', 'searchable', 'RangeConfig', 'SearchConfig', 'l
            'check_consumed', 'Held', 'open_journal', 'complete', 'distributions', 'propose', 'add_known', 'Search',
            'try_rates', 'try_space', 'run_search', 'describe_search']
 
-# %% ../nbs/43_search.ipynb #d8c5c318
+# %% ../nbs/43_search.ipynb #6a2ec400
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .cell import Cell, Source, cell_key, limited_threads, run_cell
 from .config import check_range, find_config, load_yaml, parse_config
@@ -173,12 +175,13 @@ def add_known(found, space: tuple[RangeConfig, ...], values: dict[str, float], l
     inside = {k: values[k] for k in ranges}
     found.add_trial(create_trial(value=loss, params=inside, distributions=ranges, user_attrs=about))
 
-# %% ../nbs/43_search.ipynb #001ccab4
+# %% ../nbs/43_search.ipynb #8721e0eb
 class Search:
     "One budget's trials."
 
-    def __init__(self, config: SearchConfig, budget: str, source: Source, search_dir: Path, options: dict):
-        self.config, self.budget, self.source, self.search_dir, self.options = config, budget, source, search_dir, options
+    def __init__(self, config: SearchConfig, budget: str, source: Source, search_dir: Path, options: dict, bar: tqdm):
+        self.config, self.budget, self.source, self.search_dir = config, budget, source, search_dir
+        self.options, self.bar = options, bar
         study = load_study_config(config.study)
         if study.rates is None:
             raise InputError("a search needs the rates of its study", "rates: null", "Set `rates` in the study.")
@@ -210,6 +213,7 @@ class Search:
         used = effective_values(self.search_dir / "cells" / keys[0], list(values))
         if used != {k: searchable()[k](v) for k, v in values.items()}:
             raise InputError("a run must use the values of its trial", f"{used} instead of {values}", "Report this.")
+        self.bar.update()
         return rate_loss(results), {"cells": keys, "effective": used}
 
 # %% ../nbs/43_search.ipynb #a61cb20d
@@ -240,7 +244,7 @@ def try_space(search: Search, found, rate: float, n_trials: int) -> bool:  # Fal
         found.tell(ask, tried[0])
     return True
 
-# %% ../nbs/43_search.ipynb #3dd3bee7
+# %% ../nbs/43_search.ipynb #6b46f0ef
 def run_search(
     config: SearchConfig | str | Path,  # A search, its shipped name, or a path
     budget: str,
@@ -250,18 +254,22 @@ def run_search(
     runs_dir: Path | str = "runs",
     search_dir: Path | str | None = None,  # None: named after config and budget, under `runs_dir`
     device: str = "auto",
+    is_progress_shown: bool = True,
     **options: object,  # Of `run_cell`
 ) -> Path:  # The search's folder
     "Search one budget, or go on with it."
     name = "search" if isinstance(config, SearchConfig) else Path(config).stem
     config = config if isinstance(config, SearchConfig) else load_search_config(config)
     search_dir = Path(search_dir or Path(runs_dir) / f"{name}-{budget}")
-    search = Search(config, budget, Source(data_dir, device), search_dir, options)
-    with exclusive(search_dir, timeout_s=1), limited_threads(1):
+    n = n_trials or config.n_trials
+    bar = tqdm(total=n, desc=f"trials at {budget}", file=sys.stderr, disable=not is_progress_shown)
+    with bar, exclusive(search_dir, timeout_s=1), limited_threads(1):
+        search = Search(config, budget, Source(data_dir, device), search_dir, options, bar)
         found = open_journal(search_dir / "journal.log")
+        bar.update(len(complete(found)))
         is_whole = check_consumed(lambda v: search.cells(v)[0], config.space, search.run)
         rate = try_rates(search, found) if is_whole else None
-        is_whole = rate is not None and try_space(search, found, rate, n_trials or config.n_trials)
+        is_whole = rate is not None and try_space(search, found, rate, n)
         write_json(search_dir / "result.json", describe_search(search, found, "done" if is_whole else "stopped"))
     return search_dir
 

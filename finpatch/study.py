@@ -6,7 +6,7 @@
 __all__ = ['log', 'store_frame', 'store_losses', 'judge_question', 'store_predictions', 'store_folds', 'settle', 'interruptible',
            'work_through', 'run_study']
 
-# %% ../nbs/44_study.ipynb #afe9d469
+# %% ../nbs/44_study.ipynb #40ccac9d
 import logging
 import signal
 import threading
@@ -20,7 +20,7 @@ from .cell import Source, cell_key, limited_threads
 from .config import dump_yaml
 from .core import InputError, atomic_path, read_json, write_json
 from .lock import exclusive
-from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config
+from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config, study_cells
 from .pool import count_study_looks, judge_pool, pool_question, read_predictions, results_table
 from .targets import Task
 from .work import Results, StudyProgress, count_workers, gather, start_workers, work
@@ -65,7 +65,7 @@ def judge_question(plan: Plan, question: Question, known: Results, verdict: Call
     looks = count_study_looks(plan, question, known, known.cells_dir)
     return judge_pool(pool, delta, unit, verdict) | rates | looks, long
 
-# %% ../nbs/44_study.ipynb #37418aa6
+# %% ../nbs/44_study.ipynb #26422a24
 def store_predictions(plan: Plan, known: Results, study_dir: Path) -> None:
     "Pool the validation and test predictions of all cells that are done."
     parts = []
@@ -79,7 +79,11 @@ def store_predictions(plan: Plan, known: Results, study_dir: Path) -> None:
 
 
 def store_folds(plan: Plan, study_dir: Path) -> None:
-    "Store the spans of every question's folds."
+    "Store the spans of every question's folds, and the closes that they lie over."
+    question = plan.questions[0]
+    frames = plan.source.frames(study_cells(plan, question, plan.budgets[0], plan.config.optim.lr)[0].config)
+    parts = [f[["Close"]].rename_axis("session").reset_index().assign(symbol=k) for k, f in frames.items()]
+    store_frame(study_dir / "prices.parquet", pd.concat(parts, ignore_index=True))
     spans = [{**q._asdict(), "folds": [{k: str(v) for k, v in vars(f).items()} for f in plan.folds(q)]} for q in plan.questions]
     write_json(study_dir / "folds.json", {"schema_version": 1, "questions": spans})
 
