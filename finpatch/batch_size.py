@@ -58,7 +58,7 @@ class Question:
 
     config: PatchTSTConfig
     device: torch.device
-    compute: ComputeConfig = ComputeConfig()
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     n_rows: int = 5000  # Of the dataset
     mem_fraction: float = 0.8  # Of what the device really offers
     mem_cap_gib: float | None = None  # Less than that, GiB
