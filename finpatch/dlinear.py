@@ -26,7 +26,7 @@ def decompose(
     trend = ((total[:, width:] - total[:, :-width]) / width).astype(np.float32)  # (n, T, F)
     return np.concatenate([trend, windows - trend], axis=1)
 
-# %% ../nbs/40c_dlinear.ipynb #8d1125a3
+# %% ../nbs/40c_dlinear.ipynb #d874ffdc
 def adam_step(
     state: np.ndarray,  # (3, K) weights, first and second moment; changed in place
     gradient: np.ndarray,  # (K,)
@@ -39,7 +39,7 @@ def adam_step(
     second += 0.001 * (gradient**2 - second)
     weights -= lr * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
 
-
+# %% ../nbs/40c_dlinear.ipynb #e84cc0fb
 def descend(
     z: np.ndarray,  # (n, K) float32, the last column of ones
     y: np.ndarray,  # (n,) labels

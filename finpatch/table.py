@@ -48,7 +48,7 @@ def skill_sentence(result: dict, split: str) -> str:
         finding = "worse than it" if skill["high"] < 0 else "not told apart from it"
     return f"skill over {name} (best baseline, {chosen}): {cell(skill)} {unit}, {finding}"
 
-# %% ../nbs/39c_table.ipynb #41ecdf10
+# %% ../nbs/39c_table.ipynb #53ab3e3d
 def aside_lines(result: dict, split: str) -> list[str]:
     "Say whether the forecasts move with the outcome, how bold they are, and what is left once that is corrected."
     scores, prior = result[split], cell(result["skill"]["prior"][split])
@@ -57,7 +57,8 @@ def aside_lines(result: dict, split: str) -> list[str]:
         text = f"calibration slope: {cell(scores['calibration_slope'])} (1: calibrated, below: too bold, 0: noise)"
         error = result.get("calibration", {}).get(split)
         lines.append(text + (f", error {error['ece']:.3f} ({error['ece_floor']:.3f} by noise alone)" if error else ""))
-    if counts := result.get("counts", {}).get(split):
+    counts = result.get("counts", {}).get(split)
+    if counts and (split == "test" or not result.get("test")):  # once: of the split that judges
         calls = f"calls p ≥ ½: {counts['tp'] + counts['fp']} of {sum(counts.values())}"
         shares = [f"{name.replace('_', ' ')} {cell(scores[name])}" for name in ("precision", "recall", "balanced_accuracy")]
         lines.append(", ".join([calls, *shares]))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from finpatch.tuned import linear_tuned
 
 ROOT = Path(__file__).parent.parent
 N, VAL, TEST = 1500, 800, 1150
+predictions_of = partial(baseline_predictions, context_length=20, n_trials=2)  # quick
 
 
 def make_bars(seed=0, n=N, memory=0.0):
@@ -63,7 +65,7 @@ def test_nothing_after_a_date_changes_a_forecast_at_or_before_it(task):
     for name in NOT_FEATURES:
         later.loc[tail, name] *= np.exp(np.random.default_rng(10).normal(0, 0.1, len(tail)))  # one factor a session
     later.loc[tail, "High"] *= np.exp(rng.random(len(tail)))
-    plain, corrupt = (baseline_predictions(task, b, make_rows(task, b)) for b in (bars, later))
+    plain, corrupt = (predictions_of(task, b, make_rows(task, b)) for b in (bars, later))
     before = make_rows(task, bars)["origin"] <= bars.index[cut]
     for name in plain:
         pd.testing.assert_series_equal(plain[name][before], corrupt[name][before], check_exact=True, obj=name)
@@ -91,7 +93,7 @@ def test_last_row_finds_what_one_row_holds():
     memory = 0.6
     bars, task = make_bars(memory=memory), Task("direction")
     rows = make_rows(task, bars)
-    made = baseline_predictions(task, bars, rows)
+    made = predictions_of(task, bars, rows)
     test = (rows["split"] == "test").to_numpy()
     from scipy.stats import norm
 
@@ -106,10 +108,10 @@ def test_volatility_and_har_beat_the_prior_where_volatility_remembers():
     bars = make_bars()
     for task, name in ((Task("threshold_1pct"), "volatility"), (Task("log_range"), "har")):
         rows = make_rows(task, bars)
-        made = baseline_predictions(task, bars, rows)
+        made = predictions_of(task, bars, rows)
         result = evaluate_predictions(rows.assign(p=made[name]), task.horizon, made)
         assert result["skill"]["prior"]["test"]["low"] > 0, name
-    assert "har" not in baseline_predictions(Task("direction"), bars, make_rows(Task("direction"), bars))
+    assert "har" not in predictions_of(Task("direction"), bars, make_rows(Task("direction"), bars))
 
 
 def test_the_window_finds_what_an_earlier_row_holds():
@@ -181,7 +183,7 @@ def test_volatility_is_the_same_whether_the_tier_has_it_or_not():
     bars, task = make_bars(), Task("threshold_1pct")
     rows = make_rows(task, bars)
     tiers = bars, bars.drop(columns="atr_14_rel")
-    with_it, without = (baseline_predictions(task, tier, rows)["volatility"] for tier in tiers)
+    with_it, without = (predictions_of(task, tier, rows)["volatility"] for tier in tiers)
     scored = rows["split"] != "train"
     np.testing.assert_allclose(without[scored], with_it[scored], atol=2e-3)  # 14 training rows less
     assert without[scored].notna().all()
@@ -191,11 +193,11 @@ def test_every_symbol_and_fold_by_itself():
     task, bars = Task("direction"), {"A": make_bars(1, memory=0.4), "B": make_bars(2, memory=-0.4)}
     parts = {symbol: make_rows(task, own, symbol) for symbol, own in bars.items()}
     panel = pd.concat(parts.values()).sort_values(["origin", "symbol"]).reset_index(drop=True)
-    together = baseline_predictions(task, bars, panel)
+    together = predictions_of(task, bars, panel)
     folds = pd.concat([panel.assign(fold=0), panel.assign(fold=1)], ignore_index=True)
-    twice = baseline_predictions(task, bars, folds)
+    twice = predictions_of(task, bars, folds)
     for symbol, rows in parts.items():
-        alone = baseline_predictions(task, bars[symbol], rows)
+        alone = predictions_of(task, bars[symbol], rows)
         mine = (panel["symbol"] == symbol).to_numpy()
         for name, p in alone.items():
             np.testing.assert_array_equal(together[name][mine], p, err_msg=f"{symbol} {name}")
@@ -208,7 +210,7 @@ def test_a_file_without_training_rows_gets_the_same_baselines():
     task, bars = Task("threshold_1pct", horizon=5), make_bars()
     rows = make_rows(task, bars)
     scored = rows[rows["split"] != "train"]
-    full, bare = baseline_predictions(task, bars, rows), baseline_predictions(task, bars, scored)
+    full, bare = predictions_of(task, bars, rows), predictions_of(task, bars, scored)
     for name in full:
         pd.testing.assert_series_equal(full[name][scored.index], bare[name], check_exact=True)
 
