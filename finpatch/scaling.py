@@ -86,7 +86,7 @@ def skill_words(facts: dict) -> str:
         return f", and the best size, {facts['best_size']:,.0f}, beats the baseline by {text}"
     return f", but no size is shown to beat the baseline: the skill of the best, {facts['best_size']:,.0f}, is {text}"
 
-# %% ../nbs/45_scaling.ipynb #42cbb294
+# %% ../nbs/45_scaling.ipynb #63cf9e67
 def effect_words(facts: dict) -> str:
     "Say what the slope is, and whether it is of interest."
     beta, unit = facts["beta"], facts["unit"]
@@ -98,8 +98,10 @@ def effect_words(facts: dict) -> str:
 def doubt_words(facts: dict) -> str:
     "Say what is not known, and what would tell."
     text = f"the slope is {span(facts['beta'], (facts['low'], facts['high']), facts['unit'] + ' per decade')}"
-    if facts["n_days_needed"] <= facts["n_days"]:
+    if -facts["delta"] < facts["low90"] and facts["high90"] < facts["delta"]:
         return f"{text}, but the sizes differ along a curve"
+    if facts["n_days_needed"] <= facts["n_days"]:
+        return f"{text}, too near {facts['delta']:g} to show either a slope or its absence"
     text += f"; to see {facts['delta']:g} takes about {facts['n_days_needed']:,} sessions instead of {facts['n_days']:,}"
     share = facts["seed_share"]
     return text + (f", and more seeds, which make up {share:.0%} of the variance" if share > 0.5 else "")
