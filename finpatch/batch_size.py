@@ -6,11 +6,11 @@
 __all__ = ['offered_memory', 'memory_limit', 'Question', 'pose', 'make_fits', 'describe_result', 'find_batch_size', 'store_path',
            'stored_answer', 'choose_micro_batch']
 
-# %% ../nbs/34_batch_size.ipynb #9bdd088e
+# %% ../nbs/34_batch_size.ipynb #53dfff77
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,14 +51,14 @@ def memory_limit(
         return mem_cap_gib, "mem_cap"
     return gib * mem_fraction, source
 
-# %% ../nbs/34_batch_size.ipynb #5dbe04d2
+# %% ../nbs/34_batch_size.ipynb #41091b4a
 @dataclass(frozen=True, kw_only=True)
 class Question:
     "What an answer depends on, beside the machine."
 
     config: PatchTSTConfig
     device: torch.device
-    compute: ComputeConfig = ComputeConfig()
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     n_rows: int = 5000  # Of the dataset
     mem_fraction: float = 0.8  # Of what the device really offers
     mem_cap_gib: float | None = None  # Less than that, GiB

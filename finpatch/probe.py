@@ -6,7 +6,7 @@
 __all__ = ['OVER_CAP', 'Probe', 'build_data', 'build_trainer', 'save_nowhere', 'timed_steps', 'cap_device', 'device_peak_gib',
            'measure', 'end_with', 'main', 'ask', 'read_answer', 'run_probe']
 
-# %% ../nbs/33c_probe.ipynb #7b32e2ab
+# %% ../nbs/33c_probe.ipynb #4bdd9b0f
 import json
 import os
 import select
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -174,18 +175,18 @@ def main() -> None:
         found = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(found), file=answer, flush=True)
 
-# %% ../nbs/33c_probe.ipynb #91a2a5dc
+# %% ../nbs/33c_probe.ipynb #46e1577f
 def ask(spec: dict) -> tuple[str, int, str, bool]:  # Answer, exit status, end of its stderr, was it out of memory
     "Run one child to its end."
     paths = [str(Path(finpatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     command, kills = [sys.executable, "-c", "from finpatch.probe import main; main()"], count_kills()
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, text=True)
+        child = subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, bufsize=0)
         try:
-            child.stdin.write(json.dumps(spec) + "\n")
-            child.stdin.flush()
-            text, status = child.stdout.read(), child.wait()
+            with suppress(BrokenPipeError):  # it was killed before it could listen
+                child.stdin.write(json.dumps(spec).encode() + b"\n")
+            text, status = child.stdout.read().decode(), child.wait()
         finally:
             child.kill()
             child.wait()
