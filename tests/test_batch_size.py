@@ -169,12 +169,6 @@ def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_surviv
     assert above.returncode != 0 and "memory" in errors.lower(), f"{math.ceil(1.05 * found)} fit, after {seen}"
 
 
-@needs_limit
-def test_the_same_question_takes_the_same_memory():
-    peaks = [run_probe(CONFIG, 60, cap_gib=CAP_GIB).peak_mem_gib for _ in range(2)]
-    assert abs(peaks[1] - peaks[0]) < LEAST_GIB / 2, peaks
-
-
 # ---- no child left behind
 
 PARENT = """
@@ -227,12 +221,6 @@ def test_only_a_kill_that_the_kernel_counts_is_out_of_memory(kills, is_starved, 
         assert ends == [Probe(micro_batch_size=64, fits=False, peak_mem_gib=None, step_s=None)]
     else:
         assert "exit status -9" in str(ends[0])
-
-
-def test_a_fault_in_the_child_is_not_taken_for_a_full_memory():
-    broken = ComputeConfig(is_checkpointed=True)  # refused with BatchNorm
-    with pytest.raises(HardwareError, match=r"BatchNorm.*not a question of memory"):
-        run_probe(replace(CONFIG, norm="batchnorm"), 8, cap_gib=CAP_GIB, compute=broken)
 
 
 # ---- what is kept and used
