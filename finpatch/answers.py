@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'data_fetch', 'data_build', 'verify', 'budget', 'power', 'train', 'check_train_words', 'train_answer',
-           'predict', 'evaluate', 'audit', 'runs', 'doctor', 'thermal']
+           'predict', 'evaluate', 'audit', 'runs', 'doctor', 'thermal', 'batch_size']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
 import argparse
@@ -82,9 +82,12 @@ def power(args: argparse.Namespace) -> Answer:
     found = [answer_question(asked, args.data_dir) for asked in questions_of(args.config, budgets)]
     return Answer(found[0] | {"questions": found}, "\n\n".join(map(power_text, found)))
 
-# %% ../nbs/49_answers.ipynb #1ce057a0
+# %% ../nbs/49_answers.ipynb #e0482b1b
 def train(args: argparse.Namespace) -> Answer:
     "Train one budget, or go on with a run that was stopped, and show the result."
+    from finpatch.memory import reserve_nothing
+
+    reserve_nothing()  # before pandas is imported
     from finpatch.experiment import load_experiment_config
     from finpatch.run import override, resume_run, train_run
     from finpatch.status import newest_unfinished
@@ -204,3 +207,19 @@ def thermal(args: argparse.Namespace) -> Answer:
         if args.watch:
             print(f"{row['level']:>9} {degrees:>8}  {row['source']}", file=sys.stderr, flush=True)
     return Answer(row, f"{row['level']} {degrees} from {row['source']}: {row['detail']}")
+
+# %% ../nbs/49_answers.ipynb #b69c6736
+def batch_size(args: argparse.Namespace) -> Answer:
+    "Find the largest micro-batch that is safe and the smallest that is fast."
+    from finpatch.batch_size import find_batch_size, pose
+
+    question = pose(args.budget, args.device, mem_fraction=args.mem_fraction, mem_cap_gib=args.mem_cap)
+    result = find_batch_size(question, store_dir=args.runs_dir, is_progress_shown=True)
+    show = lambda value, form: "–" if value is None else format(value, form)
+    lines = [f"{'micro-batch':>12} {'fits':>5} {'peak GiB':>9} {'step s':>8}"]
+    for p in sorted(result["probes"], key=lambda p: p["micro_batch_size"]):
+        peak, step = show(p["peak_mem_gib"], ".2f"), show(p["step_s"], ".3f")
+        lines.append(f"{p['micro_batch_size']:>12} {'yes' if p['fits'] else 'no':>5} {peak:>9} {step:>8}")
+    sizes = f"{result['recommended']} recommended; {result['largest_safe']} are safe, from {result['knee']} on it is fast"
+    limit = f"within {result['limit_gib']:.2f} GiB ({result['limit_source']})"
+    return Answer(result, "\n".join([*lines, "", f"{sizes}, {limit}.", "`finpatch train --micro-batch-size auto` uses it."]))

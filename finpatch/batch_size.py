@@ -6,7 +6,7 @@
 __all__ = ['offered_memory', 'memory_limit', 'Question', 'pose', 'make_fits', 'describe_result', 'find_batch_size', 'store_path',
            'stored_answer', 'choose_micro_batch']
 
-# %% ../nbs/34_batch_size.ipynb #9bdd088e
+# %% ../nbs/34_batch_size.ipynb #53dfff77
 import math
 import sys
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def memory_limit(
         return mem_cap_gib, "mem_cap"
     return gib * mem_fraction, source
 
-# %% ../nbs/34_batch_size.ipynb #5dbe04d2
+# %% ../nbs/34_batch_size.ipynb #41091b4a
 @dataclass(frozen=True, kw_only=True)
 class Question:
     "What an answer depends on, beside the machine."

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['log', 'Job', 'prepare', 'assemble', 'execute', 'train_run', 'override', 'Run', 'load_run', 'resume_run']
 
-# %% ../nbs/42_run.ipynb #c7fcb0be
+# %% ../nbs/42_run.ipynb #0fee0b0d
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .batch_size import choose_micro_batch, pose
 from .callbacks import default_callbacks, load_weights
 from .checkpoint import Checkpoint, PauseOnSignal, check_disk, load_checkpoint
 from .compute import set_up
@@ -28,6 +30,7 @@ from .doctor import certified
 from .experiment import ExperimentConfig, load_experiment_config
 from .job import check_lineage, draw, finish, make_model, make_model_config
 from .lock import exclusive
+from .memory import own_limit_gib, steady_memory
 from .patchtst import PatchTST, PatchTSTConfig
 from .record import check_files, check_same, is_same_machine, make_record
 from .record import new_run_dir, open_run_dir, recorded, weights_sha256
@@ -39,7 +42,7 @@ from .trainer import Trainer
 
 log = logging.getLogger("finpatch")
 
-# %% ../nbs/42_run.ipynb #bad09d25
+# %% ../nbs/42_run.ipynb #d6171128
 @dataclass(frozen=True)
 class Job:
     "A run that is ready to begin: all its parts, checked."
@@ -58,14 +61,14 @@ def prepare(
     budget: str,
     data_dir: Path | str,
     device: str,
-    micro_batch_size: int | None,
+    micro_batch_size: int | Callable | None,
 ) -> Job:
     "Check and load everything that a run needs."
     entries = check_lineage(config, data_dir)
     data = (load_dataset(config, data_dir), choose_device(device), entries)
     return assemble(config, budget, data_dir, *data, micro_batch_size)
 
-# %% ../nbs/42_run.ipynb #e030098c
+# %% ../nbs/42_run.ipynb #0323805e
 def assemble(
     config: ExperimentConfig,
     budget: str,
@@ -73,11 +76,17 @@ def assemble(
     dataset: FinancialDataset,
     device: torch.device,
     entries: list[dict],  # Lineage of the verified data
-    micro_batch_size: int | None = None,
+    micro_batch_size: int | Callable | None = None,  # None: the whole step; a function chooses
 ) -> Job:
     "Make the model and the record of a run whose data is at hand; a study loads it once for many."
+    model_config = make_model_config(config, budget, dataset)
+    if callable(micro_batch_size):
+        question = pose(model_config, str(device), compute=config.compute, n_rows=len(dataset.x))
+        micro_batch_size = micro_batch_size(question, config.optim.global_batch_size)
     check_range("micro_batch_size", micro_batch_size, 1)
-    certificate = certified(device, make_model_config(config, budget, dataset))
+    if micro_batch_size is not None or own_limit_gib():
+        steady_memory()
+    certificate = certified(device, model_config)
     model = make_model(config, budget, dataset, certificate["is_fused"])
     record = make_record(config, budget, model, dataset, device, entries, micro_batch_size)
     record["config"] = json.loads(json.dumps(plain(config), default=str))
@@ -86,7 +95,7 @@ def assemble(
     record |= {"certificate": certificate, "effective": effective | {"is_fused": certificate["is_fused"]}}
     return Job(config, budget, Path(data_dir), dataset, device, model, record)
 
-# %% ../nbs/42_run.ipynb #9e822e12
+# %% ../nbs/42_run.ipynb #a00dadfe
 def execute(
     job: Job,
     run_dir: Path,
@@ -127,7 +136,7 @@ def execute(
     shutil.rmtree(folder, ignore_errors=True)  # the best and the last weights stay
     return run_dir
 
-# %% ../nbs/42_run.ipynb #0cca88b3
+# %% ../nbs/42_run.ipynb #0277c501
 def train_run(
     config: ExperimentConfig | str | Path,  # An experiment, its shipped name, or a path
     budget: str,  # "2m", "20m", "200m" or any other size
@@ -137,7 +146,7 @@ def train_run(
     runs_dir: Path | str = "runs",
     run_dir: Path | str | None = None,  # None: a new folder under `runs_dir`
     device: str = "auto",
-    micro_batch_size: int | None = None,  # Windows in memory at once; None: the whole step
+    micro_batch_size: int | str | None = None,  # Windows in memory at once; None: the whole step; "auto": safe and fast
     is_progress_shown: bool = True,
     **options: object,  # `checkpoint_every_s`, `is_cooled`, `is_tracked` and `callbacks` of `execute`
 ) -> Path:  # The run folder
@@ -146,6 +155,8 @@ def train_run(
         config, name = load_experiment_config(config), name or Path(config).stem
     budget = str(budget)
     check_trackers(config, options.get("is_tracked", True))
+    if micro_batch_size == "auto":
+        micro_batch_size = partial(choose_micro_batch, store_dir=runs_dir, is_progress_shown=is_progress_shown)
     job = prepare(config, budget, data_dir, device, micro_batch_size)
     run_dir = open_run_dir(run_dir) if run_dir else new_run_dir(runs_dir, name or config.task, budget, config.seed)
     return execute(job, run_dir, is_progress_shown, **options)
@@ -211,7 +222,7 @@ def load_run(
     dataset = None if data_dir is None else load_dataset(config, data_dir, scaler)
     return Run(run_dir, config, record, model, scaler, Task(config.task, horizon=config.horizon), dataset)
 
-# %% ../nbs/42_run.ipynb #77d65ae6
+# %% ../nbs/42_run.ipynb #722b69cc
 def resume_run(
     run_dir: Path | str,
     data_dir: Path | str = "data",
@@ -225,7 +236,9 @@ def resume_run(
         raise InputError(f"{run_dir} must hold an unfinished run", found, "See `finpatch runs`.")
     old, config = read_json(run_dir / "run.json"), parse_config(ExperimentConfig, load_yaml(run_dir / "config.yaml"))
     check_trackers(config, options.get("is_tracked", True))
-    job = prepare(config, old["budget"], data_dir, old["machine"]["device"], old["micro_batch_size"])
+    is_cut = old["micro_batch_size"] < config.optim.global_batch_size
+    size = old["micro_batch_size"] if is_cut else None
+    job = prepare(config, old["budget"], data_dir, old["machine"]["device"], size)
     check_same(old, job.record)
     is_bitwise = is_same_machine(old, job.record) and old.get("is_bitwise", True)
     session = {"resumed_utc": utc_now(), "machine": describe_machine(job.device), "effective": job.record["effective"]}
