@@ -62,7 +62,7 @@ def add_data(parent) -> None:
     p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
-# %% ../nbs/50_cli.ipynb #c09a5730
+# %% ../nbs/50_cli.ipynb #1996e4b8
 def add_train(parent) -> None:
     "Add `train`."
     p = add(parent, "train", answers.train, "finpatch train --config sp500_direction --budget 2m")
@@ -107,9 +107,9 @@ def add_machine(parent) -> None:
     p = add(parent, "thermal", answers.thermal, "finpatch thermal --watch")
     p.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
 
-# %% ../nbs/50_cli.ipynb #b6ef2353
+# %% ../nbs/50_cli.ipynb #20183e98
 def add_study(parent) -> None:
-    "Add `search` and `study`."
+    "Add `search`, `study` and `report`."
     p = add(parent, "search", study_answers.search, "finpatch search --config sp500_search --budget 30k")
     p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped search, or a YAML file")
     p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
@@ -123,6 +123,8 @@ def add_study(parent) -> None:
     p.add_argument("--executor", choices=("local",), default="local", help="processes of this machine (default: local)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
     add_work(p)
+    p = add(parent, "report", study_answers.study_report, "finpatch report runs/sp500_study")
+    p.add_argument("dir", metavar="DIR", help="the folder of a study")
 
 
 def add_work(p: argparse.ArgumentParser) -> None:
