@@ -19,10 +19,10 @@ from finpatch.features import build_dataset
 from finpatch.folds import FoldsConfig
 from finpatch.market import fetch_ohlcv
 from finpatch.plan import AxesConfig, StudyConfig
-from finpatch.report import build_report
+from finpatch.report import build_report, make_report
+from finpatch.stored import read_stored
 from finpatch.study import run_study
 
-KEY = re.compile(r"\b[0-9a-f]{16}\b")
 REFUSING = """
 import sys
 
@@ -51,6 +51,17 @@ def trained(tmp_path_factory):
     return run_study(config, data_dir=tmp / "data", study_dir=tmp / "study", **how)
 
 
+@pytest.fixture(scope="module")
+def text(trained):
+    "Its page, made once."
+    return build_report(trained).read_text()
+
+
+def page_of(folder):
+    "The page of a changed copy, without the files beside it."
+    return "\n".join(make_report(read_stored(folder)).body)
+
+
 @pytest.fixture
 def study(trained, tmp_path):
     "A copy, to be changed."
@@ -65,11 +76,11 @@ def files_of(study):
     return {p.name: p.read_bytes() for p in (study / "report.html", *(study / "report").iterdir())}
 
 
-def test_same_bytes_and_no_torch(study):
+def test_same_bytes_and_no_torch(trained, text, tmp_path):
     "A second process, which cannot import torch and has no data folder, makes the same files."
-    build_report(study)
-    first = files_of(study)
-    shutil.rmtree(study / "report")
+    first, study = files_of(trained), shutil.copytree(trained, tmp_path / "study")
+    for path in (study / "report.html", *(study / "report").iterdir()):
+        path.unlink()
     done = report_without_torch(study)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("report.html")
@@ -96,9 +107,8 @@ class Links(HTMLParser):
                 self.ids.append(value)
 
 
-def test_offline(study):
+def test_offline(text):
     "The page names no address at all, runs nothing, and its links lead within it."
-    text = build_report(study).read_text()
     page = Links()
     page.feed(text)
     assert not page.fetched and "script" not in page.tags
@@ -107,25 +117,24 @@ def test_offline(study):
     assert {link[1:] for link in page.links} <= set(page.ids)
 
 
-def test_every_key_is_a_row(study):
+def test_every_key_is_a_row(trained, text):
     "Each key of page and tables names a row of the results; each row can be reached."
-    text = build_report(study).read_text()
-    keys = set(pd.read_parquet(study / "results.parquet")["key"])
+    keys = set(pd.read_parquet(trained / "results.parquet")["key"])
     linked = set(re.findall(r'<a href="#([^"]+)">', text))
     assert linked == keys  # no cell is outside what was judged: nothing was searched
     assert set(re.findall(r'<tr id="([^"]+)">', text)) == keys
-    sizes = pd.read_csv(next((study / "report").glob("*.sizes.csv")))
+    sizes = pd.read_csv(next((trained / "report").glob("*.sizes.csv")))
     assert set(" ".join(sizes["cells"]).split()) == keys
 
 
 def test_numbers_are_those_of_the_verdict(study):
     "Sentence, losses and looks come from verdict.json, and power stands before the verdict."
     said = read_json(study / "verdict.json")
-    said["questions"][0] |= {"sentence": "Bigger is <odd>.", "n_test_looks": 4321}
+    said["questions"][0] |= {"sentence": "Bigger is <odd>.", "n_test_looks": 4321}  # as no other number of the page
     said["questions"][0]["sizes"][0]["loss"] = {"value": 0.1234, "low": 0.1134, "high": 0.1334}
     write_json(study / "verdict.json", said)
-    text = build_report(study).read_text()
-    assert "Bigger is &lt;odd&gt;." in text and "4321" in text and "0.1234 ± 0.0100" in text
+    text = page_of(study)
+    assert "Bigger is &lt;odd&gt;." in text and ">4321<" in text and "0.1234 ± 0.0100" in text
     assert text.index("separate budgets") < text.index("Bigger is &lt;odd&gt;.")
 
 
@@ -144,7 +153,7 @@ def test_refused_and_capped_cells_are_named(study):
         "sentence": "fewer than two",
     }
     write_json(study / "verdict.json", said)
-    text = build_report(study).read_text()
+    text = page_of(study)
     assert text.count("the model is too large") == 2
     assert "2 of 5 cells are open, refused" in text
     assert "nothing can be said of sizes" in text
@@ -153,7 +162,7 @@ def test_refused_and_capped_cells_are_named(study):
 def test_a_study_without_cells_on_disk(study):
     "Curves and lineage leave a gap where the cells were removed."
     shutil.rmtree(study / "cells")
-    assert "Verdict" in build_report(study).read_text()
+    assert "<h2>Verdict</h2>" in page_of(study)
 
 
 def test_a_stopped_study_has_no_verdict(study):
@@ -162,7 +171,7 @@ def test_a_stopped_study_has_no_verdict(study):
     write_json(
         study / "state.json", {"status": "stopped", "n_cells": 5, "n_open": 2, "failed": {"worker": "process ended"}}
     )
-    text = build_report(study).read_text()
+    text = page_of(study)
     assert "The study is stopped: 2 of 5 cells are open" in text and "process ended" in text
     assert "<h2>Verdict</h2>" not in text
 
