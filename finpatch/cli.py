@@ -106,7 +106,7 @@ def add_use(parent) -> None:
 
 # %% ../nbs/50_cli.ipynb #b6ef2353
 def add_study(parent) -> None:
-    "Add `search` and `study`."
+    "Add `search`, `study` and `report`."
     p = add(parent, "search", study_answers.search, "finpatch search --config sp500_search --budget 30k")
     p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped search, or a YAML file")
     p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
@@ -120,6 +120,8 @@ def add_study(parent) -> None:
     p.add_argument("--executor", choices=("local",), default="local", help="processes of this machine (default: local)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
     add_work(p)
+    p = add(parent, "report", study_answers.study_report, "finpatch report runs/sp500_study")
+    p.add_argument("dir", metavar="DIR", help="the folder of a study")
 
 
 def add_work(p: argparse.ArgumentParser) -> None:
