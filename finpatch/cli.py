@@ -104,7 +104,7 @@ def add_use(parent) -> None:
     p = add(parent, "runs", answers.runs, "finpatch runs runs/RUN runs/ANOTHER")
     p.add_argument("names", nargs="*", metavar="RUN", help="set these side by side (default: list all)")
 
-# %% ../nbs/50_cli.ipynb #b6ef2353
+# %% ../nbs/50_cli.ipynb #20183e98
 def add_study(parent) -> None:
     "Add `search`, `study` and `report`."
     p = add(parent, "search", study_answers.search, "finpatch search --config sp500_search --budget 30k")
@@ -142,30 +142,6 @@ def add_machine(parent) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, mps or cuda (default: auto)")
     p.add_argument("--mem-fraction", type=float, default=0.8, metavar="X", help="of what the device offers (default: 0.8)")
     p.add_argument("--mem-cap", type=float, metavar="GIB", help="less than that, GiB")
-
-# %% ../nbs/50_cli.ipynb #b6ef2353
-def add_study(parent) -> None:
-    "Add `search` and `study`."
-    p = add(parent, "search", study_answers.search, "finpatch search --config sp500_search --budget 30k")
-    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped search, or a YAML file")
-    p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
-    p.add_argument("--trials", type=int, metavar="N", help="trials in all (default: as configured)")
-    add_work(p)
-    p = add(parent, "study", study_answers.study, "finpatch study --config sp500_study --dry-run")
-    p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped study, or a YAML file")
-    p.add_argument("--budgets", metavar="B,B", help="only these budgets")
-    p.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
-    p.add_argument("--dry-run", action="store_true", help="print cells, FLOPs, memory and hours, and train nothing")
-    p.add_argument("--executor", choices=("local",), default="local", help="processes of this machine (default: local)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
-    add_work(p)
-
-
-def add_work(p: argparse.ArgumentParser) -> None:
-    "Add what a study and a search share."
-    p.add_argument("--device", help="auto, cpu, mps or cuda (default: auto)")
-    p.add_argument("--run-dir", metavar="DIR", help="its folder (default: named after the config, under --runs-dir)")
-    p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
 
 # %% ../nbs/50_cli.ipynb #dfea860f
 def make_parser() -> Parser:
