@@ -106,7 +106,7 @@ def draw_reliability(ax, bins: list[dict]) -> None:  # p, y, low, high
     ax.errorbar(p, y, [y - low, high - y], fmt="o-", ms=4, lw=1, color=BLUE, label="test, 95 %")
     ax.set(xlabel="forecast", ylabel="outcome")
 
-# %% ../nbs/45b_figures.ipynb #f2a49f21
+# %% ../nbs/45b_figures.ipynb #06dd3c73
 def draw_curves(ax, curves: dict[str, list[list[tuple]]]) -> None:  # Budget → per cell: (epoch, validation loss)
     "Draw the validation loss of every cell over its epochs."
     for i, (budget, lines) in enumerate(curves.items()):
@@ -117,13 +117,15 @@ def draw_curves(ax, curves: dict[str, list[list[tuple]]]) -> None:  # Budget →
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_folds(ax, folds: list[dict], first: str, last: str) -> None:  # train_start, train_end, val_end, test_end; dates
-    "Draw what each fold trains, chooses and is judged on."
+def draw_folds(ax, folds: list[dict], closes: pd.Series) -> None:  # train_start, train_end, val_end, test_end; close by session
+    "Draw what each fold trains, chooses and is judged on, over the price."
+    height = np.log(closes / closes.iloc[0])
+    ax.plot(closes.index, -0.8 - 2.4 * (height - height.min()) / max(np.ptp(height), 1e-9), color="black", lw=0.7)
     for k, fold in enumerate(folds):
-        start = fold["train_start"] if fold["train_start"] not in (None, "None") else first
+        start = fold["train_start"] if fold["train_start"] not in (None, "None") else closes.index[0]
         ends = [pd.Timestamp(d) for d in (start, fold["train_end"], fold["val_end"], fold["test_end"])]
         for i, (name, colour) in enumerate((("train", "0.85"), ("val", GREY), ("test", BLUE))):
             ax.barh(k, ends[i + 1] - ends[i], left=ends[i], color=colour, label=None if k else name)
     ax.set_yticks(range(len(folds)), [f"fold {k}" for k in range(len(folds))])
-    ax.set_xlim(pd.Timestamp(first), pd.Timestamp(last))
-    ax.set_ylim(len(folds) - 0.4, -1.4)
+    ax.set_xlim(closes.index[0], pd.Timestamp(folds[-1]["test_end"]))
+    ax.set_ylim(len(folds) - 0.4, -4.4)

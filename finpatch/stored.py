@@ -17,7 +17,7 @@ from .contrast import contrast, make_panel, slope_weights
 from .core import InputError, NotFoundError, read_json
 from .thermal_trace import read_trace
 
-# %% ../nbs/45c_stored.ipynb #c064cca6
+# %% ../nbs/45c_stored.ipynb #b79e8aa2
 class Stored(NamedTuple):
     "What lies in a study's folder."
 
@@ -29,6 +29,7 @@ class Stored(NamedTuple):
     folds: dict | None
     losses: pd.DataFrame | None
     predictions: pd.DataFrame | None
+    prices: pd.DataFrame | None  # session, Close, symbol
 
 
 def read_stored(study_dir: Path | str) -> Stored:
@@ -41,7 +42,8 @@ def read_stored(study_dir: Path | str) -> Stored:
         raise InputError("a report needs the folder of a study", found, fix)
     is_done = (state := read_json(folder / "state.json"))["status"] == "done"
     parts = [read_json(folder / f"{n}.json") if is_done else None for n in ("verdict", "folds")]
-    parts += [pd.read_parquet(folder / f"{n}.parquet") if is_done else None for n in ("losses", "predictions")]
+    paths = [folder / f"{n}.parquet" for n in ("losses", "predictions", "prices")]
+    parts += [pd.read_parquet(path) if is_done and path.is_file() else None for path in paths]  # all refused: no losses
     return Stored(folder, (folder / "study.yaml").read_text("utf-8"), state, pd.read_parquet(folder / "results.parquet"), *parts)
 
 # %% ../nbs/45c_stored.ipynb #40c4ec22
@@ -70,16 +72,16 @@ def question_losses(stored: Stored, said: dict) -> tuple[list[np.ndarray], np.nd
     sizes = [rows[rows["budget"] == b].pivot(index="seed", columns="session", values="loss") for b in said["budgets"]]
     return [s.to_numpy() / scale for s in sizes], base["loss"].to_numpy() / scale, pd.DatetimeIndex(base["session"])
 
-# %% ../nbs/45c_stored.ipynb #641c9994
+# %% ../nbs/45c_stored.ipynb #1e7e6da6
 SURE, WORTH = 2.8, 0.004  # Standard errors; nats, of a model with an AUC of 0.55
 
 
 def seen(stored: Stored, said: dict) -> dict | None:  # slope, pair, is_enough, sentence; None: too few sizes or seeds
     "Say what the test span of a question could show."
-    ladder = question_losses(stored, said)[0]
+    ladder = question_losses(stored, said)[0] if said.get("by_size") else []
     if len(ladder) < 2 or min(len(s) for s in ladder) < 2:
         return None
-    panel = make_panel(ladder, np.array([r["n_core"] for r in said["sizes"]], float), said["horizon"])
+    panel = make_panel(ladder, np.array([r["n_core"] for r in said["by_size"]], float), said["horizon"])
     ends = np.eye(len(ladder))[-1] - np.eye(len(ladder))[0]
     slope, pair = (SURE * contrast(panel, w).se for w in (slope_weights(panel.x), ends))
     is_nats = said["unit"] == "nats"

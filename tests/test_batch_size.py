@@ -172,6 +172,8 @@ def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_surviv
 # ---- no child left behind
 
 PARENT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 from finpatch.model_config import PatchTSTConfig
 from finpatch.probe import run_probe
 run_probe(PatchTSTConfig(n_features=20, context_length=60), 2048, cap_gib=8)  # long work, if let

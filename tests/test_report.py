@@ -131,7 +131,7 @@ def test_numbers_are_those_of_the_verdict(study):
     "Sentence, losses and looks come from verdict.json, and power stands before the verdict."
     said = read_json(study / "verdict.json")
     said["questions"][0] |= {"sentence": "Bigger is <odd>.", "n_test_looks": 4321}  # as no other number of the page
-    said["questions"][0]["sizes"][0]["loss"] = {"value": 0.1234, "low": 0.1134, "high": 0.1334}
+    said["questions"][0]["by_size"][0]["loss"] = {"value": 0.1234, "low": 0.1134, "high": 0.1334}
     write_json(study / "verdict.json", said)
     text = page_of(study)
     assert "Bigger is &lt;odd&gt;." in text and ">4321<" in text and "0.1234 ± 0.0100" in text
@@ -148,7 +148,7 @@ def test_refused_and_capped_cells_are_named(study):
     one = said["questions"][0]
     one |= {
         "budgets": ["2k"],
-        "sizes": one["sizes"][:1],
+        "by_size": one["by_size"][:1],
         "left_out": {"4k": "2 of 2 cells refused"},
         "sentence": "fewer than two",
     }

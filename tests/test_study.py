@@ -362,12 +362,12 @@ def test_the_command_estimates_before_it_trains(data, tmp_path, capsys):
     assert {"flops", "mem_gib", "hours"} <= set(found) and not (tmp_path / "runs").exists()
 
 
-def test_the_last_lines_of_the_command_are_the_verdict_and_the_folder(data, whole, tmp_path, capsys):
+def test_the_last_lines_of_the_command_are_the_verdict_and_the_report(data, whole, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(dump_yaml(STUDY))
     words = ["study", "--config", str(tmp_path / "tiny.yaml"), "--data-dir", str(data), "--run-dir", str(whole)]
     assert main([*words, "--workers", "0", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"Study: {whole}"
+    assert lines[-1] == f"Report: {whole / 'report.html'}" and (whole / "report.html").exists()
     assert lines[-2].startswith("direction.h1 on raw6: ") and read_json(whole / "verdict.json")["sentence"] in lines[-2]
 
 
