@@ -1,6 +1,6 @@
 # Two commands set everything up on a fresh machine: `make run` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help install run test verify check style docs lab bench wheel clean
+.PHONY: help install run test verify check style docs lab bench calibrate wheel clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,12 +24,10 @@ $(VENV)/all.done: $(SOURCES) | $(BIN)/python
 
 install: $(VENV)/all.done ## Make .venv with everything, from requirements.lock
 
-run: $(VENV)/core.done ## Build the SP500 data, train 2m on direction and on log_range, show both results
+run: $(VENV)/core.done ## Build the SP500 data and run the study: five budgets, three seeds, two verdicts, one report
 	$(BIN)/finpatch data fetch SP500
-	$(BIN)/finpatch data build SP500 --tier a20
 	$(BIN)/finpatch data build SP500 --tier raw6
-	$(BIN)/finpatch train --config sp500_direction --budget 2m
-	$(BIN)/finpatch train --config sp500_log_range --budget 2m
+	$(BIN)/finpatch study --config sp500_study
 
 verify: $(VENV)/core.done ## Build what is missing of the embedded data, then verify every file
 	@for symbol in SP500 NASDAQ; do \
@@ -54,6 +52,9 @@ docs: $(VENV)/all.done ## Build the site into _docs, with Quarto or its stand-in
 
 bench: $(VENV)/all.done ## Time this project beside its peers and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
+
+calibrate: $(VENV)/all.done ## Train ladders on series whose answer is known and write the page of their verdicts
+	$(BIN)/python -m benchmarks.calibrate
 
 lab: $(VENV)/all.done ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

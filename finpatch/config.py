@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPONENT', 'StrictLoader', 'load_yaml', 'check_type', 'parse_config', 'plain', 'dump_yaml', 'check_range',
-           'find_config']
+           'find_config', 'load_config']
 
 # %% ../nbs/01_config.ipynb #f6e63292
 import re
@@ -140,3 +140,16 @@ def find_config(
         return path
     shipped = sorted(p.stem for p in folder.glob("*.yaml"))
     raise NotFoundError(f"`{name}` must be a file or a shipped {kind} config", "neither", nearest(str(name), shipped))
+
+# %% ../nbs/01_config.ipynb #c0nf1a02
+def load_config(
+    cls: type,  # A dataclass
+    name: str | Path,  # A shipped name, or a path to a file
+    kind: str,  # Folder under finpatch/configs
+) -> object:  # An instance of `cls`
+    "Find, read and check a config; unknown, missing, mistyped and out-of-range settings raise `InputError`."
+    path = find_config(name, kind)
+    try:
+        return parse_config(cls, load_yaml(path))
+    except InputError as error:
+        raise InputError(error.rule, f"{error.found} in {path.name}", error.remedy) from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-from .config import check_range, find_config, load_yaml, parse_config
+from .config import check_range, load_config
 from .core import InputError, nearest
 from .model_config import check_field
 from .targets import Task
@@ -156,8 +156,4 @@ def load_experiment_config(
     name: str | Path,  # A shipped name such as "sp500_direction", or a path
 ) -> ExperimentConfig:
     "Read and check an experiment. Unknown, missing, mistyped and out-of-range settings raise `InputError`."
-    path = find_config(name, "experiment")
-    try:
-        return parse_config(ExperimentConfig, load_yaml(path))
-    except InputError as error:
-        raise InputError(error.rule, f"{error.found} in {path.name}", error.remedy) from None
+    return load_config(ExperimentConfig, name, "experiment")

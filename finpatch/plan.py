@@ -21,7 +21,7 @@ import pandas as pd
 
 from .budget import is_model_file, parse_budget
 from .cell import Cell, Source
-from .config import check_range, find_config, load_yaml, parse_config
+from .config import check_range, load_config
 from .core import InputError
 from .cost import flops_per_sample
 from .experiment import ComputeConfig, ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig
@@ -95,11 +95,7 @@ class StudyConfig:
 # %% ../nbs/42d_plan.ipynb #b5f6b921
 def load_study_config(name: str | Path) -> StudyConfig:
     "Read and check a study by its shipped name or its path."
-    path = find_config(name, "study")
-    try:
-        return parse_config(StudyConfig, load_yaml(path))
-    except InputError as error:
-        raise InputError(error.rule, f"{error.found} in {path.name}", error.remedy) from None
+    return load_config(StudyConfig, name, "study")
 
 # %% ../nbs/42d_plan.ipynb #78ccf197
 class Question(NamedTuple):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CLOCK', 'results_table', 'read_predictions', 'daily_losses', 'best_baseline', 'Pool', 'SizeLosses',
-           'cell_losses', 'budget_losses', 'why_left_out', 'pool_question', 'label_variance', 'judge_pool',
+           'cell_losses', 'budget_losses', 'why_left_out', 'pool_question', 'label_variance', 'judge_pool', 'cut_short',
            'ensemble_slope', 'size_rows', 'count_study_looks']
 
 # %% ../nbs/43b_pool.ipynb #13153e8c
@@ -193,10 +193,16 @@ def judge_pool(
     except InputError as error:
         found = "; ".join([str(error), *(f"{b}: {r}" for b, r in pool.left_out.items())])
         said = {"verdict": "cannot_tell", "sentence": f"Cannot tell: {found}"}
-    if said["verdict"] == "no_difference" and pool.capped:
+    if (said["verdict"] == "no_difference" and pool.capped) or (said["verdict"] != "cannot_tell" and cut_short(pool)):
         text = f"cells of {', '.join(pool.capped)} hit the cap on epochs before validation stopped improving"
         said |= {"verdict": "cannot_tell", "sentence": f"Cannot tell: {text}. Raise `optim.epochs`."}
     return said | head | notes | {"by_size": size_rows(pool)}
+
+
+def cut_short(pool: Pool) -> tuple[str, ...]:  # Budgets
+    "Name the sizes whose loss is above the best and whose training was cut short: with more of it they might not be worse."
+    best = pool.budgets[int(pool.losses.mean(axis=(1, 2)).argmin())]
+    return tuple(b for b in pool.capped if b != best)
 
 
 def ensemble_slope(pool: Pool) -> dict:

@@ -7,7 +7,7 @@ __all__ = ['TITLES', 'SHOWN', 'Made', 'question_name', 'size_keys', 'all_keys', 
            'cell_figures', 'heat_figure', 'add_question', 'add_appendix', 'slope_frame', 'summary', 'trouble', 'origin',
            'make_report', 'build_report']
 
-# %% ../nbs/46_report.ipynb #96eae2aa
+# %% ../nbs/46_report.ipynb #de27b247
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .appendix import appendix_frames, best_words, law_words
+from .appendix import appendix_frames, best_words, law_words, p_text
 from .calibration import reliability
 from .core import atomic_path
 from .figures import draw_curves, draw_difference, draw_folds, draw_ladder, draw_reliability, draw_years, new_figure, png_bytes, svg_text
@@ -50,7 +50,7 @@ def size_keys(stored: Stored, said: dict, budget: str) -> list[str]:
 def all_keys(stored: Stored, said: dict) -> list[str]:
     return [k for b in (*said["budgets"], "baselines") for k in size_keys(stored, said, b)]
 
-# %% ../nbs/46_report.ipynb #cfc41770
+# %% ../nbs/46_report.ipynb #8328735a
 def size_frame(stored: Stored, said: dict) -> pd.DataFrame:
     "Tabulate sizes and the best baseline; `cells` holds keys, apart by spaces."
     base = mean_interval(question_losses(stored, said)[1], said["horizon"])._asdict()
@@ -60,12 +60,12 @@ def size_frame(stored: Stored, said: dict) -> pd.DataFrame:
     n_params = stored.results.groupby("budget")["n_params"].first()
     for row in said.get("by_size", []):
         b = row["budget"]
-        mark = "hit the cap" if b in said["capped"] else "stopped"
+        mark = ("hit the cap" if b in said["capped"] else "stopped") + ", lr at edge" * (b in said.get("lr_at_edge", []))
         what = {"size": b, "parameters": int(n_params[b]), "core": row["n_core"], "loss": cell(row["loss"])}
         what |= {name.replace("_", ", "): cell(row[name]) for name in ("skill", "skill_recalibrated", "skill_ensemble")}
-        rows.append(what | {"lr": said["lr"][b], "training": mark, "cells": " ".join(size_keys(stored, said, b))})
-    frame = pd.DataFrame(rows).astype(object).where(lambda f: f.notna(), None)
-    return frame[[*frame.columns.drop("cells"), "cells"]]
+        rows.append(what | {"lr": f"{said['lr'][b]:g}", "training": mark, "cells": " ".join(size_keys(stored, said, b))})
+    order = ["size", "parameters", "core", "loss", "skill", "skill, recalibrated", "skill, ensemble", "lr", "training", "cells"]
+    return pd.DataFrame([[row.get(name) for name in order] for row in rows], columns=order, dtype=object)
 
 
 def baseline_frame(stored: Stored, said: dict) -> pd.DataFrame:
@@ -123,7 +123,7 @@ def heat_figure(stored: Stored, said: dict) -> dict[str, tuple]:
     hottest = max(known, key=lambda t: max(r["temp_c"] or 0 for r in t))
     return {"heat": (new_figure(draw_heat, hottest, ThermalConfig()), "Heat of the hottest cell, step by step.")}
 
-# %% ../nbs/46_report.ipynb #a0e9e8a8
+# %% ../nbs/46_report.ipynb #2599a6a9
 def add_question(made: Made, stored: Stored, said: dict) -> None:
     "Add the section of a question."
     name, power = question_name(said), seen(stored, said)
@@ -172,7 +172,7 @@ def slope_frame(asked: list[dict]) -> pd.DataFrame:  # question, slope, p, p, Ho
             if found.get("beta") is not None:
                 slope = cell({"value": found["beta"], "low": found["low"], "high": found["high"]})
                 rows.append({"slope per tenfold parameters": question_name(said) + what, "unit": said["unit"], "value": slope,
-                             "p": round(found["p"], 4), "p, Holm": round(found["p_holm"], 4) if "p_holm" in found else "primary"})  # fmt: skip
+                             "p": p_text(found["p"]), "p, Holm": p_text(found["p_holm"]) if "p_holm" in found else "primary"})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -190,7 +190,7 @@ def summary(stored: Stored) -> list[str]:
     looks = [{"question": question_name(q), "looks at the test span": q.get("n_test_looks"), "trials": q.get("n_trials")} for q in asked]
     return [*body, "<h2>Looks at the test span</h2>", table_html(pd.DataFrame(looks))]
 
-# %% ../nbs/46_report.ipynb #8cda0cd1
+# %% ../nbs/46_report.ipynb #365ec2d0
 SHOWN = ["key", "role", "task", "tier", "horizon", "context_length", "budget", "fold", "seed", "lr", "status", "is_capped",
          "stop_reason", "n_params", "n_steps", "best_epoch", "best_val_loss"]  # fmt: skip
 
@@ -206,7 +206,7 @@ def trouble(stored: Stored) -> list[str]:
     body += [say(f"{k}: {why}", True) for k, why in failed.items() if k not in set(r["key"])]
     if bad.empty:
         return [*body, "<p>None: every cell is done and stopped by validation.</p>"]
-    body.append(f"<p>{len(bad)} of {len(r)} cells are open, refused, diverged, or hit the cap on epochs; these last support no “no difference”.</p>")
+    body.append(f"<p>{len(bad)} of {len(r)} cells are open, refused, diverged, or hit the cap on epochs. A size that was cut short so supports no “no difference”, and is not called worse.</p>")
     shown = bad[["key", "task", "budget", "fold", "seed", "status", "is_capped", "reason"]].assign(key=[key_html(k) for k in bad["key"]])
     return [*body, table_html(shown, raw=("key",))]
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .cell import Cell, Source, cell_key, limited_threads, run_cell
-from .config import check_range, find_config, load_yaml, parse_config
+from .config import check_range, load_config
 from .core import InputError, nearest, read_json, write_json
 from .experiment import ExperimentConfig, ModelConfig, OptimConfig
 from .ledger import count_looks
@@ -75,11 +75,7 @@ class SearchConfig:
 
 def load_search_config(name: str | Path) -> SearchConfig:
     "Read and check a search by its shipped name or its path."
-    path = find_config(name, "search")
-    try:
-        return parse_config(SearchConfig, load_yaml(path))
-    except InputError as error:
-        raise InputError(error.rule, f"{error.found} in {path.name}", error.remedy) from None
+    return load_config(SearchConfig, name, "search")
 
 # %% ../nbs/43_search.ipynb #4000c0da
 def put(config: ExperimentConfig, values: dict[str, float]) -> ExperimentConfig:

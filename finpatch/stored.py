@@ -72,7 +72,7 @@ def question_losses(stored: Stored, said: dict) -> tuple[list[np.ndarray], np.nd
     sizes = [rows[rows["budget"] == b].pivot(index="seed", columns="session", values="loss") for b in said["budgets"]]
     return [s.to_numpy() / scale for s in sizes], base["loss"].to_numpy() / scale, pd.DatetimeIndex(base["session"])
 
-# %% ../nbs/45c_stored.ipynb #1e7e6da6
+# %% ../nbs/45c_stored.ipynb #4d3fcc4c
 SURE, WORTH = 2.8, 0.004  # Standard errors; nats, of a model with an AUC of 0.55
 
 
@@ -85,14 +85,15 @@ def seen(stored: Stored, said: dict) -> dict | None:  # slope, pair, is_enough, 
     ends = np.eye(len(ladder))[-1] - np.eye(len(ladder))[0]
     slope, pair = (SURE * contrast(panel, w).se for w in (slope_weights(panel.x), ends))
     is_nats = said["unit"] == "nats"
-    is_enough = pair <= WORTH if is_nats else slope <= said["delta"]
-    return {"slope": slope, "pair": pair, "is_enough": bool(is_enough), "sentence": seen_words(slope, pair, is_enough, said)}
+    is_blind = pair > WORTH if is_nats else slope > said["delta"]
+    is_enough = bool(not is_blind and slope <= said["delta"])
+    return {"slope": slope, "pair": pair, "is_enough": is_enough, "sentence": seen_words(slope, pair, is_blind, is_enough, said)}
 
 
-def seen_words(slope: float, pair: float, is_enough: bool, said: dict) -> str:
+def seen_words(slope: float, pair: float, is_blind: bool, is_enough: bool, said: dict) -> str:
     "Say it in words."
-    can = "can" if is_enough else "cannot"
-    text = f"This data {can} separate budgets: {said['n_days']:,} days show a slope of {slope:.2g} {said['unit']} per tenfold parameters"
+    can = "cannot separate budgets" if is_blind else "can separate budgets" if is_enough else "can separate budgets only by more than is of interest"
+    text = f"This data {can}: {said['n_days']:,} days show a slope of {slope:.2g} {said['unit']} per tenfold parameters"
     text += f" and a difference of {pair:.2g} between the smallest and the largest size"
     text += f"; {said['delta']:g} per tenfold is of interest"
     return text + (f" and a whole model with an AUC of 0.55 is worth {WORTH}." if said["unit"] == "nats" else ".")

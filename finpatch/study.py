@@ -20,8 +20,9 @@ from .cell import Source, cell_key, limited_threads
 from .config import dump_yaml
 from .core import InputError, atomic_path, read_json, write_json
 from .lock import exclusive
-from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config, study_cells
+from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config, study_cells, tried_rates
 from .pool import count_study_looks, judge_pool, pool_question, read_predictions, results_table
+from .rates import is_at_edge
 from .targets import Task
 from .work import Results, StudyProgress, count_workers, gather, start_workers, work
 
@@ -57,6 +58,8 @@ def judge_question(plan: Plan, question: Question, known: Results, verdict: Call
     effect, kind = plan.config.effect, Task(question.task, question.horizon).kind
     delta, unit = (effect.nats, "nats") if kind == "binary" else (effect.r2, "R²")
     rates = {"lr": {b: chosen_rate(plan, question, b, known) for b in plan.budgets}}
+    tried = {b: tried_rates(plan, question, b, known)[0] for b in plan.budgets}
+    rates["lr_at_edge"] = [b for b, losses in tried.items() if losses and is_at_edge(losses)]
     try:
         pool, long = pool_question(question, plan, known, known.cells_dir)
     except InputError as error:

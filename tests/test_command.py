@@ -174,17 +174,18 @@ def test_train_predict_evaluate_and_the_ledger(run, tmp_path):
 
 
 def test_make_run_works_on_a_fresh_clone(tmp_path):
-    "Every command of the recipe, where only the manifests are there; training is cut short."
+    "Every command of the recipe, where only the manifests are there; the study is estimated, not trained."
     for kind in ("raw", "processed"):
         (tmp_path / "data" / kind).mkdir(parents=True)
         shutil.copy(ROOT / "data" / kind / "manifest.json", tmp_path / "data" / kind)
     recipe = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [shlex.split(line)[1:] for line in recipe.splitlines() if "/finpatch " in line]
-    assert [words[0] for words in commands].count("train") == 2
+    assert [words[0] for words in commands] == ["data", "data", "study"]
     for words in commands:
-        short = ["--budget", "10k", "--max-steps", "2"] if words[0] == "train" else []
+        short = ["--dry-run"] if words[0] == "study" else []
         done = finpatch(*words, *short, cwd=tmp_path)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
+    assert "120 to judge" in done.stdout, done.stdout
 
 
 def test_a_refused_file_is_no_look_at_the_test_span(run, data_dir, tmp_path):
