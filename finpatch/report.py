@@ -123,7 +123,7 @@ def heat_figure(stored: Stored, said: dict) -> dict[str, tuple]:
     hottest = max(known, key=lambda t: max(r["temp_c"] or 0 for r in t))
     return {"heat": (new_figure(draw_heat, hottest, ThermalConfig()), "Heat of the hottest cell, step by step.")}
 
-# %% ../nbs/46_report.ipynb #2599a6a9
+# %% ../nbs/46_report.ipynb #a6413838
 def add_question(made: Made, stored: Stored, said: dict) -> None:
     "Add the section of a question."
     name, power = question_name(said), seen(stored, said)
@@ -146,7 +146,7 @@ def add_question(made: Made, stored: Stored, said: dict) -> None:
     made.body.append(f'<div class="figures">{"".join(parts)}</div>')
     add_appendix(made, stored, said)
 
-
+# %% ../nbs/46_report.ipynb #954b81d8
 TITLES = {
     "metrics": "Metrics of the mean forecast of all seeds",
     "economics": "Economics: a view, never the target. Filled at the next close; a price index pays no dividend, cash no interest",
@@ -163,7 +163,7 @@ def add_appendix(made: Made, stored: Stored, said: dict) -> None:
         made.frames[f"{question_name(said)}.{part}"] = frame
         made.body.append(f"<details><summary>{TITLES[part]}</summary>{table_html(frame)}{keys}</details>")
 
-
+# %% ../nbs/46_report.ipynb #fb1e5732
 def slope_frame(asked: list[dict]) -> pd.DataFrame:  # question, slope, p, p, Holm
     "Tabulate the slope of every question, raw and recalibrated; all but the first are set against each other."
     rows = []

@@ -49,7 +49,7 @@ def study(args: argparse.Namespace) -> Answer:
     how = {"device": args.device or "auto", "n_workers": args.workers, "is_cooled": not args.no_thermal}
     return study_answer(run_study(config, **where, **how))
 
-# %% ../nbs/49a_study_answers.ipynb #7347e2a8
+# %% ../nbs/49a_study_answers.ipynb #4ed296c1
 def question_lines(said: dict) -> list[str]:  # Lines for a terminal
     "Write loss and skill of each size, and the baselines that were chosen."
     from finpatch.table import cell
@@ -87,7 +87,7 @@ def page_of(study_dir: Path) -> str | None:  # Path of report.html
         log.warning("no report in %s: %s: %s", study_dir, type(error).__name__, error)
         return None
 
-# %% ../nbs/49a_study_answers.ipynb #b87da530
+# %% ../nbs/49a_study_answers.ipynb #523da9f9
 def study_answer(study_dir: Path) -> Answer:
     "Say how a study ended: with its verdicts, stopped, or with cells that failed."
     from finpatch.core import read_json

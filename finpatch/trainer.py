@@ -81,7 +81,8 @@ def train_step(
     samples: torch.Tensor,  # (B,) places in the dataset's table
 ) -> torch.Tensor | None:  # Mean loss, a scalar on the device; None: broken off by a pause, and undone
     "Forward, backward, clip, step."
-    trainer.model.train()
+    if not trainer.model.training:  # walking through the modules costs as much as a thousandth of a step
+        trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     size, total = trainer.micro_batch_size, 0.0
     padded, weights = (samples, None) if trainer.has_batchnorm else pad(samples.to(trainer.device), size)
