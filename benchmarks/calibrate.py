@@ -17,7 +17,7 @@ import torch
 from finpatch.device import describe_machine
 from finpatch.known_answers import RIGHT, known_answer
 
-PAGE = Path(__file__).parent.parent / "nbs" / "known_answers.qmd"
+PAGE = Path(__file__).parent.parent / "nbs" / "right_answers.qmd"
 SHAPE = {"patch_length": 5, "stride": 5}
 NOTHING = {"kind": "nothing", "n": 6000, "budgets": ("2k", "6k", "20k", "60k"), "n_seeds": 2, **SHAPE}
 LADDERS = [
@@ -58,7 +58,7 @@ def page(drawn: list[dict], noise: list[str], ladders: list[str]) -> str:
     wrong = sum(not found["is_right"] for found in drawn)
     head = "| series | sessions | test loss by size, nats | best baseline | truth | answer | | time |\n|---|---|---|---|---|---|---|---|"
     return f"""---
-title: "Known answers"
+title: "Right answers"
 description: "What the verdict says where the truth is known"
 ---
 
