@@ -75,7 +75,7 @@ def pad(
     weights[len(samples) :] = 0
     return torch.cat([samples, samples[:1].expand(n_extra)]), weights
 
-# %% ../nbs/30_trainer.ipynb #b65378f1
+# %% ../nbs/30_trainer.ipynb #6fde64e8
 def train_step(
     trainer: "Trainer",
     samples: torch.Tensor,  # (B,) places in the dataset's table
@@ -161,7 +161,7 @@ class Requests:
         "Return the context of a forward pass in the precision in effect."
         return autocast(self.device, self.precision)
 
-# %% ../nbs/30_trainer.ipynb #0e1094a0
+# %% ../nbs/30_trainer.ipynb #7f3b8b8e
 class Trainer(Requests):
     "Minimise the task's loss; everything but the step is a callback."
 
@@ -191,6 +191,7 @@ class Trainer(Requests):
 
     def fit(self) -> "Trainer":
         "Train until the steps are done or a callback asks to stop."
+        self.model.train()  # every part of it, also one that was left in evaluation
         try:
             self.emit("before_fit")
             while not self.is_over or (self.stop_reason is None and self.epoch_step):  # an epoch is left to be closed
