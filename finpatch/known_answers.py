@@ -98,7 +98,7 @@ RIGHT = {
 
 
 def ask(kind: str, ladder: Ladder, series: Series) -> dict[str, object]:  # kind, answer, is_right, sentence, loss, baseline, bayes, …
-    "Judge a ladder as a study does, and say whether the answer is the right one."
+    "Ask the verdict, and the scan of single columns; say whether the answer is the right one."
     said = verdict(ladder.losses, ladder.sizes, ladder.baseline)
     suspects = scan_columns(*as_frames(series))["column"].unique().tolist()
     answer = ", ".join(suspects) or said["verdict"]

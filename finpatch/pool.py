@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CLOCK', 'results_table', 'read_predictions', 'daily_losses', 'best_baseline', 'Pool', 'SizeLosses',
-           'cell_losses', 'budget_losses', 'why_left_out', 'pool_question', 'label_variance', 'judge_pool', 'cut_short',
-           'ensemble_slope', 'size_rows', 'count_study_looks']
+           'cell_losses', 'budget_losses', 'why_left_out', 'pool_question', 'label_variance', 'judge_pool',
+           'within_caps', 'ensemble_slope', 'size_rows', 'count_study_looks']
 
 # %% ../nbs/43b_pool.ipynb #13153e8c
 from collections.abc import Callable
@@ -188,21 +188,22 @@ def judge_pool(
     try:
         said = dict(verdict(pool.losses, pool.sizes, pool.baseline, **words))
         moved = verdict(pool.recalibrated, pool.sizes, pool.baseline, **words)
-        said["recalibrated"] = {k: moved.get(k) for k in ("verdict", "beta", "low", "high", "p")}
+        said["recalibrated"] = {k: within_caps(moved, pool).get(k) for k in ("verdict", "beta", "low", "high", "p")}
         said["ensemble"] = ensemble_slope(pool)
     except InputError as error:
         found = "; ".join([str(error), *(f"{b}: {r}" for b, r in pool.left_out.items())])
         said = {"verdict": "cannot_tell", "sentence": f"Cannot tell: {found}"}
-    if (said["verdict"] == "no_difference" and pool.capped) or (said["verdict"] != "cannot_tell" and cut_short(pool)):
-        text = f"cells of {', '.join(pool.capped)} hit the cap on epochs before validation stopped improving"
-        said |= {"verdict": "cannot_tell", "sentence": f"Cannot tell: {text}. Raise `optim.epochs`."}
-    return said | head | notes | {"by_size": size_rows(pool)}
+    return within_caps(said, pool) | head | notes | {"by_size": size_rows(pool)}
 
 
-def cut_short(pool: Pool) -> tuple[str, ...]:  # Budgets
-    "Name the sizes whose loss is above the best and whose training was cut short: with more of it they might not be worse."
+def within_caps(said: dict, pool: Pool) -> dict:
+    "Take back a verdict that rests on a size whose training was cut short: with more of it that might not be worse."
     best = pool.budgets[int(pool.losses.mean(axis=(1, 2)).argmin())]
-    return tuple(b for b in pool.capped if b != best)
+    short = [b for b in pool.capped if b != best or said["verdict"] == "no_difference"]
+    if said["verdict"] == "cannot_tell" or not short:
+        return said
+    text = f"cells of {', '.join(short)} hit the cap on epochs before validation stopped improving"
+    return said | {"verdict": "cannot_tell", "sentence": f"Cannot tell: {text}. Raise `optim.epochs`."}
 
 
 def ensemble_slope(pool: Pool) -> dict:

@@ -73,7 +73,8 @@ def opening_lines(study_dir: Path, questions: list[dict]) -> list[str]:
 
     if not (study_dir / "losses.parquet").is_file():
         return []
-    found = [(q, seen(read_stored(study_dir), q)) for q in questions]
+    stored = read_stored(study_dir)
+    found = [(q, seen(stored, q)) for q in questions]
     return [f"{q['task']}.h{q['horizon']} on {q['tier']}: {power['sentence']}" for q, power in found if power] + [""]
 
 
