@@ -39,3 +39,12 @@ def data_dir(tmp_path_factory):
     fetch_ohlcv("SP500", data_dir=path)
     build_dataset("SP500", "a20", data_dir=path)
     return path
+
+
+@pytest.fixture(scope="module")
+def raw6_dir(data_dir):
+    "The same folder with tier raw6 beside it, as studies need it."
+    from finpatch.features import build_dataset
+
+    build_dataset("SP500", "raw6", data_dir=data_dir)
+    return data_dir

@@ -40,10 +40,9 @@ def study_in_child(study_dir, data):
     run_study(STUDY, data_dir=data, study_dir=study_dir, **QUIET)
 
 
-def search_in_child(config, search_dir, data):
-    run_search(
-        config, "2k", data_dir=data, search_dir=search_dir, device="cpu", is_cooled=False, is_progress_shown=False
-    )
+def search_quietly(config, search_dir, data):
+    how = {"device": "cpu", "is_cooled": False, "is_progress_shown": False}
+    return run_search(config, "2k", data_dir=data, search_dir=search_dir, **how)
 
 
 def parent_of_worker(study_dir, data, answer):

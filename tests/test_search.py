@@ -6,15 +6,14 @@ import time
 
 import numpy as np
 import pytest
-from study_worker import CONTEXT, STUDY, search_in_child
+from study_worker import CONTEXT, STUDY, search_quietly
 
 from finpatch.cell import Cell, Source, limited_threads, run_cell
 from finpatch.config import dump_yaml
 from finpatch.core import InputError, read_json
-from finpatch.features import build_dataset
 from finpatch.ledger import read_looks
 from finpatch.plan import Plan, rate_cells
-from finpatch.search import RangeConfig, SearchConfig, run_search
+from finpatch.search import RangeConfig, SearchConfig
 
 SPACE = (
     RangeConfig(key="optim.weight_decay", low=1e-3, high=0.5, is_log=True),
@@ -22,12 +21,6 @@ SPACE = (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
-
-
-@pytest.fixture(scope="module")
-def data(data_dir):
-    build_dataset("SP500", "raw6", data_dir=data_dir)
-    return data_dir
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +34,12 @@ def trials(search_dir):
     return read_json(search_dir / "result.json")["trials"]
 
 
-def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, data, tmp_path):
-    whole = run_search(
-        config,
-        "2k",
-        data_dir=data,
-        search_dir=tmp_path / "whole",
-        device="cpu",
-        is_cooled=False,
-        is_progress_shown=False,
-    )
-    n_looks = len(read_looks(data / "ledger.jsonl"))
+def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, raw6_dir, tmp_path):
+    whole = search_quietly(config, tmp_path / "whole", raw6_dir)
+    n_looks = len(read_looks(raw6_dir / "ledger.jsonl"))
     rng, killed = random.Random(0), tmp_path / "killed"
     for n_kills in range(3):
-        child = CONTEXT.Process(target=search_in_child, args=(config, killed, data))
+        child = CONTEXT.Process(target=search_quietly, args=(config, killed, raw6_dir))
         child.start()
         deadline = time.monotonic() + 200
         while len(list(killed.glob("cells/*/run.json"))) < 4 * n_kills + 2 and time.monotonic() < deadline:
@@ -63,17 +48,17 @@ def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, data,
         child.kill()
         child.join()
         assert not (killed / "result.json").exists(), "the search was too short to be killed so often"
-    run_search(config, "2k", data_dir=data, search_dir=killed, device="cpu", is_cooled=False, is_progress_shown=False)
+    search_quietly(config, killed, raw6_dir)
     assert trials(killed) == trials(whole)
     assert len({t["val_loss"] for t in trials(whole)}) == 8
-    assert len(read_looks(data / "ledger.jsonl")) == n_looks  # the same trials are the same looks
+    assert len(read_looks(raw6_dir / "ledger.jsonl")) == n_looks  # the same trials are the same looks
 
 
-def test_nothing_after_validation_reaches_a_trial(config, data, tmp_path):
+def test_nothing_after_validation_reaches_a_trial(config, raw6_dir, tmp_path):
     "With garbage for a future the trial has the same weights and loss; a cell of the study has not even a dataset."
-    plan = Plan(STUDY, Source(data, "cpu"))
+    plan = Plan(STUDY, Source(raw6_dir, "cpu"))
     cell = rate_cells(plan, plan.questions[0], "2k", 3e-3)[0]
-    other = Source(data, "cpu")
+    other = Source(raw6_dir, "cpu")
     frames = other.frames(cell.config)
     frames["SP500"].loc[frames["SP500"].index > str(cell.config.splits.val_end)] = np.nan
     with limited_threads(1):
@@ -85,26 +70,18 @@ def test_nothing_after_validation_reaches_a_trial(config, data, tmp_path):
         other.dataset(Cell(cell.config, "2k"))
 
 
-def test_a_value_that_the_run_does_not_read_is_an_error(config, data, tmp_path, monkeypatch):
+def test_a_value_that_the_run_does_not_read_is_an_error(config, raw6_dir, tmp_path, monkeypatch):
     import finpatch.trainer as owner
 
     honest = owner.make_optimizer
     dead = lambda model, optim: honest(model, dataclasses.replace(optim, weight_decay=0.05))
     monkeypatch.setattr(owner, "make_optimizer", dead)
     with pytest.raises(InputError, match=r"optim.weight_decay`; got the same from 0.001 to 0.5"):
-        run_search(
-            config,
-            "2k",
-            data_dir=data,
-            search_dir=tmp_path / "s",
-            device="cpu",
-            is_cooled=False,
-            is_progress_shown=False,
-        )
+        search_quietly(config, tmp_path / "s", raw6_dir)
     assert not (tmp_path / "s" / "result.json").exists()
 
 
-def test_a_value_that_is_lost_on_the_way_to_the_model_is_an_error(config, data, tmp_path, monkeypatch):
+def test_a_value_that_is_lost_on_the_way_to_the_model_is_an_error(config, raw6_dir, tmp_path, monkeypatch):
     import finpatch.search as owner
 
     honest = owner.put
@@ -114,12 +91,4 @@ def test_a_value_that_is_lost_on_the_way_to_the_model_is_an_error(config, data, 
     no_probe = dataclasses.replace(config, space=(SPACE[1],), n_trials=4)
     monkeypatch.setattr(owner, "check_consumed", lambda *args: True)
     with pytest.raises(InputError, match="must use the values of its trial"):
-        run_search(
-            no_probe,
-            "2k",
-            data_dir=data,
-            search_dir=tmp_path / "s",
-            device="cpu",
-            is_cooled=False,
-            is_progress_shown=False,
-        )
+        search_quietly(no_probe, tmp_path / "s", raw6_dir)

@@ -30,7 +30,6 @@ from finpatch.cli import main
 from finpatch.config import dump_yaml
 from finpatch.core import InputError, read_json
 from finpatch.experiment import ComputeConfig
-from finpatch.features import build_dataset
 from finpatch.folds import FoldsConfig
 from finpatch.plan import AxesConfig, EffectConfig, Plan, StudyConfig, known_cells, load_study_config, study_cells
 from finpatch.pool import CLOCK, judge_pool, pool_question
@@ -43,15 +42,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 @pytest.fixture(scope="module")
-def data(data_dir):
-    build_dataset("SP500", "raw6", data_dir=data_dir)
-    return data_dir
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def whole(raw6_dir, tmp_path_factory):
     "The study that nobody touches."
-    return run_study(STUDY, data_dir=data, study_dir=tmp_path_factory.mktemp("whole"), **QUIET)
+    return run_study(STUDY, data_dir=raw6_dir, study_dir=tmp_path_factory.mktemp("whole"), **QUIET)
 
 
 def table(study_dir):
@@ -77,10 +70,10 @@ def wait_for(pattern, study_dir, n=1):
         time.sleep(0.01)
 
 
-def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_not(data, whole, tmp_path):
+def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_not(raw6_dir, whole, tmp_path):
     rng, study_dir, done = random.Random(0), tmp_path / "killed", []
     for n_kills in range(4):
-        child = CONTEXT.Process(target=study_in_child, args=(study_dir, data))
+        child = CONTEXT.Process(target=study_in_child, args=(study_dir, raw6_dir))
         child.start()
         wait_for("cells/*/result.json", study_dir, 2 * n_kills + 1)
         time.sleep(rng.uniform(0, 0.2))
@@ -88,7 +81,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_no
         child.join()
         done.append({p.parent.name: p.read_bytes() for p in study_dir.glob("cells/*/result.json")})
         assert not (study_dir / "verdict.json").exists(), "the study was too short to be killed so often"
-    study_in_child(study_dir, data)
+    study_in_child(study_dir, raw6_dir)
     pd.testing.assert_frame_equal(table(study_dir), table(whole))
     assert verdict(study_dir) == verdict(whole)
     for name in ("losses.parquet", "predictions.parquet"):
@@ -97,7 +90,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_no
         assert all((study_dir / "cells" / k / "result.json").read_bytes() == v for k, v in cells.items())
 
 
-def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(data, whole, tmp_path, monkeypatch):
+def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(raw6_dir, whole, tmp_path, monkeypatch):
     study_dir = tmp_path / "study"
 
     def terminate():
@@ -106,7 +99,7 @@ def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(da
 
     monkeypatch.setattr("finpatch.work.multiprocessing.get_context", lambda method: CONTEXT)
     threading.Thread(target=terminate).start()
-    options = QUIET | {"data_dir": data, "study_dir": study_dir}
+    options = QUIET | {"data_dir": raw6_dir, "study_dir": study_dir}
     run_study(STUDY, **options | {"n_workers": 1})
     state = read_json(study_dir / "state.json")
     assert (state["status"], state["failed"]) == ("stopped", {}) and state["n_open"] > 0
@@ -125,9 +118,9 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_no_worker_survives_its_parent(whole, data, tmp_path):
+def test_no_worker_survives_its_parent(whole, raw6_dir, tmp_path):
     receive, send = CONTEXT.Pipe(duplex=False)
-    parent = CONTEXT.Process(target=parent_of_worker, args=(tmp_path / "study", data, send))
+    parent = CONTEXT.Process(target=parent_of_worker, args=(tmp_path / "study", raw6_dir, send))
     parent.start()
     worker = receive.recv()
     wait_for("cells/*/run.json", tmp_path / "study")
@@ -145,8 +138,8 @@ def test_no_worker_survives_its_parent(whole, data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def source(data):
-    return Source(data, "cpu")
+def source(raw6_dir):
+    return Source(raw6_dir, "cpu")
 
 
 def played(cell):
@@ -253,23 +246,23 @@ def test_the_digest_of_the_code_covers_what_data_model_and_trainer_are_made_of()
     assert needed - ASIDE <= set(CODE)
 
 
-def test_a_change_of_code_or_data_is_another_cell(data, monkeypatch, tmp_path):
-    first = Source(data, "cpu")
+def test_a_change_of_code_or_data_is_another_cell(raw6_dir, monkeypatch, tmp_path):
+    first = Source(raw6_dir, "cpu")
     plan = Plan(STUDY, first)
     cells = study_cells(plan, plan.questions[0], "2k", 3e-3)
     key = cell_key(cells[0], first)
-    assert key == cell_key(cells[0], Source(data, "cpu"))
+    assert key == cell_key(cells[0], Source(raw6_dir, "cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(cell_module, "code_digest", lambda names=CODE: "another")
-        assert cell_key(cells[0], Source(data, "cpu")) != key
-    other = Source(data, "cpu")
+        assert cell_key(cells[0], Source(raw6_dir, "cpu")) != key
+    other = Source(raw6_dir, "cpu")
     entries = [e | {"content_sha256": "0"} for e in other.entries(cells[0].config)]
     other.kept["entries", cells[0].config.dataset] = entries
     assert cell_key(cells[0], other) != key
 
 
-def test_changed_data_stops_a_study_before_its_first_cell(data, tmp_path):
-    own = shutil.copytree(data, tmp_path / "data")
+def test_changed_data_stops_a_study_before_its_first_cell(raw6_dir, tmp_path):
+    own = shutil.copytree(raw6_dir, tmp_path / "data")
     path = next((own / "raw").glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="verified data"):
@@ -280,11 +273,11 @@ def test_changed_data_stops_a_study_before_its_first_cell(data, tmp_path):
 # What the study may say
 
 
-def test_a_refused_cell_is_a_row_with_its_reason(data, tmp_path):
+def test_a_refused_cell_is_a_row_with_its_reason(raw6_dir, tmp_path):
     "Moves of 5 % within a day are too rare to be learnt; the other question is judged as if alone."
     axes = dataclasses.replace(STUDY.axes, tasks=("direction", "threshold_5pct"), budgets=("2k",), n_seeds=1)
     config = dataclasses.replace(STUDY, axes=axes, rates=None, optim=dataclasses.replace(STUDY.optim, epochs=1))
-    study_dir = run_study(config, data_dir=data, study_dir=tmp_path / "study", **QUIET)
+    study_dir = run_study(config, data_dir=raw6_dir, study_dir=tmp_path / "study", **QUIET)
     rows = pd.read_parquet(study_dir / "results.parquet").groupby("task")
     assert set(rows.get_group("threshold_5pct")["status"]) == {"refused"}
     assert rows.get_group("threshold_5pct")["reason"].str.contains("episodes").all()
@@ -345,14 +338,14 @@ def test_shipped_studies_have_a_model_for_each_cell(name, source, tmp_path):
     assert sum(c.role == "study" for c in cells) == n * 4 * 3 and sum(c.role == "search" for c in cells) == n * 5
 
 
-def test_the_command_estimates_before_it_trains(data, tmp_path, capsys):
+def test_the_command_estimates_before_it_trains(raw6_dir, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(dump_yaml(STUDY))
     words = [
         "study",
         "--config",
         str(tmp_path / "tiny.yaml"),
         "--data-dir",
-        str(data),
+        str(raw6_dir),
         "--runs-dir",
         str(tmp_path / "runs"),
     ]
@@ -362,9 +355,9 @@ def test_the_command_estimates_before_it_trains(data, tmp_path, capsys):
     assert {"flops", "mem_gib", "hours"} <= set(found) and not (tmp_path / "runs").exists()
 
 
-def test_the_last_lines_of_the_command_are_the_verdict_and_the_report(data, whole, tmp_path, capsys):
+def test_the_last_lines_of_the_command_are_the_verdict_and_the_report(raw6_dir, whole, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(dump_yaml(STUDY))
-    words = ["study", "--config", str(tmp_path / "tiny.yaml"), "--data-dir", str(data), "--run-dir", str(whole)]
+    words = ["study", "--config", str(tmp_path / "tiny.yaml"), "--data-dir", str(raw6_dir), "--run-dir", str(whole)]
     assert main([*words, "--workers", "0", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Report: {whole / 'report.html'}" and (whole / "report.html").exists()
