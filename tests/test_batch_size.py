@@ -113,7 +113,13 @@ def test_a_step_is_cut_into_the_fewest_parts_and_hardly_filled_up(step, largest)
 
 # ---- real probes under a cap, and real fits
 
-CAP_GIB = 0.65
+
+def loaded_gib():
+    "What a process has before it trains: torch built for CUDA takes half a GiB more than torch built for the CPU."
+    code = "import finpatch.probe, finpatch.run, finpatch.memory as m; print(m.own_memory_gib()[0])"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 CONFIG = PatchTSTConfig(  # much memory, little arithmetic
     n_features=20,
     context_length=60,
@@ -144,29 +150,45 @@ print("trained")
 """
 
 
-def start_fit(n, data_dir, folder):
+def start_fit(cap_gib, n, data_dir, folder):
     "Begin a run that accumulates, validates, watches the heat and writes a checkpoint after each step, under the cap."
     folder.mkdir()
     (folder / "model.yaml").write_text(MODEL)
-    words = [CAP_GIB, n, folder / "model.yaml", data_dir, folder / "run"]
+    words = [cap_gib, n, folder / "model.yaml", data_dir, folder / "run"]
     return subprocess.Popen([sys.executable, "-c", FIT, *map(str, words)], stdout=-1, stderr=-1, text=True)
 
 
 @needs_limit
 def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_survives(data_dir, tmp_path):
-    question = pose(CONFIG, "cpu", mem_cap_gib=CAP_GIB)
-    assert question.limit == (CAP_GIB, "mem_cap"), "this machine has too little memory free for the test"
-    probes = search(make_fits(question, CAP_GIB, lambda probe: None), CAP_GIB)
+    cap = round(loaded_gib() + 0.42, 2)
+    question = pose(CONFIG, "cpu", mem_cap_gib=cap)
+    assert question.limit == (cap, "mem_cap"), "this machine has too little memory free for the test"
+    probes = search(make_fits(question, cap, lambda probe: None), cap)
     found, seen = largest_fitting(probes), [(p.micro_batch_size, p.fits, p.peak_mem_gib) for p in probes]
     assert len(probes) <= MOST and found > 100, seen
     assert find_knee(probes) <= found
-    above = start_fit(math.ceil(1.05 * found), data_dir, tmp_path / "above")
-    fits = [start_fit(found, data_dir, tmp_path / str(i)) for i in range(3)]
+    above = start_fit(cap, math.ceil(1.05 * found), data_dir, tmp_path / "above")
+    fits = [start_fit(cap, found, data_dir, tmp_path / str(i)) for i in range(3)]
     for fit in fits:
         said, errors = fit.communicate()
         assert (fit.returncode, said) == (0, "trained\n"), f"{found} windows, after {seen}: {errors[-600:]}"
     _, errors = above.communicate()
     assert above.returncode != 0 and "memory" in errors.lower(), f"{math.ceil(1.05 * found)} fit, after {seen}"
+
+
+@pytest.mark.parametrize(
+    "text, is_starved", [(probe.NO_THREAD_DATA + ": ABORT", True), ("cannot open shared object", False)]
+)
+def test_where_the_c_library_gives_up_for_want_of_memory_it_is_out_of_memory(text, is_starved, tmp_path, monkeypatch):
+    "It ends the child with status 127 and no exception; another end with that status is a fault."
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 127\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if is_starved:
+        assert not run_probe(CONFIG, 16, cap_gib=4).fits
+    else:
+        with pytest.raises(HardwareError, match="exit status 127"):
+            run_probe(CONFIG, 16, cap_gib=4)
 
 
 # ---- no child left behind
