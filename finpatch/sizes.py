@@ -14,7 +14,7 @@ from collections.abc import Callable
 from .probe import Probe
 
 # %% ../nbs/33d_sizes.ipynb #f77a4ab8
-MARGIN, LEAST_GIB = 0.025, 2**-7
+MARGIN, LEAST_GIB = 0.02, 2**-6
 
 
 def fitting(probes: list[Probe]) -> list[Probe]:  # By size
@@ -25,7 +25,7 @@ def fitting(probes: list[Probe]) -> list[Probe]:  # By size
 def slope_gib(good: list[Probe]) -> float:  # GiB a window; 0 where the probes do not say
     "Return the slope between the largest size that fits and the next that is well below it."
     last = good[-1]
-    below = [p for p in good if 1.5 * p.micro_batch_size <= last.micro_batch_size]
+    below = [p for p in good if 1.25 * p.micro_batch_size <= last.micro_batch_size]
     if not below:
         return 0.0
     rise, run = last.peak_mem_gib - below[-1].peak_mem_gib, last.micro_batch_size - below[-1].micro_batch_size
@@ -46,7 +46,7 @@ def predict_limit(good: list[Probe], limit_gib: float) -> float:  # n; infinite 
     return min(room / slope / (1 + MARGIN), (room - LEAST_GIB) / slope)
 
 # %% ../nbs/33d_sizes.ipynb #5f0d56df
-FIRST, MOST, RESOLUTION = 16, 8, 0.02
+FIRST, MOST, RESOLUTION = 16, 8, 0.015
 
 
 def next_up(good: list[Probe], limit_gib: float, most: int) -> float:  # n

