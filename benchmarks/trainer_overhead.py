@@ -3,11 +3,13 @@
 Both run in this process and take turns, step by step, on windows of the same data: a callback takes a bare step before or
 after each step of the trainer, so that whatever else the machine does meets both alike. The bare loop is what a careful user would
 write: gather, forward, backward, clip, set the learning rate, fused AdamW. The trainer runs with everything that an
-ordinary run has: schedule, metrics, checkpoints, signals, heat.
+ordinary run has: schedule, metrics, checkpoints, signals, heat, a progress line.
 """
 
+import io
 import tempfile
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from scipy.stats import bootstrap
 
 from finpatch.budget import load_patchtst_config
-from finpatch.callbacks import Schedule, WriteMetrics, lr_at
+from finpatch.callbacks import Progress, Schedule, WriteMetrics, lr_at
 from finpatch.checkpoint import Checkpoint, PauseOnSignal
 from finpatch.dataset import FinancialDataset
 from finpatch.experiment import OptimConfig
@@ -90,9 +92,9 @@ def measure(budget: str = "2m", n_steps: int = 600, n_warm: int = 10) -> dict:
     "Return median seconds of both, and the median of their ratios turn by turn with its interval."
     optim, data = OptimConfig(lr=1e-4, max_steps=n_steps, epochs=1000), make_data()
     turns = TakeTurns(BareLoop(data, optim, budget))
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, redirect_stderr(io.StringIO()):
         folder = Path(name)
-        ordinary = [Schedule(), WriteMetrics(folder / "metrics.jsonl"), PauseOnSignal(folder / "STOP"),
+        ordinary = [Schedule(), Progress(), WriteMetrics(folder / "metrics.jsonl"), PauseOnSignal(folder / "STOP"),
                     Checkpoint(folder / "checkpoints"), ThermalCallback(path=folder / "thermal.jsonl")]  # fmt: skip
         Trainer(make_model(budget), data, optim, callbacks=[turns, *ordinary]).fit()
     trained, bare = np.array(turns.trained_s[n_warm:]), np.array(turns.bare_s[n_warm:])

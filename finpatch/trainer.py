@@ -108,7 +108,10 @@ def update(trainer: "Trainer") -> None:
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
     is_bad = ~torch.isfinite(norm)
     trainer.first_bad = torch.where(is_bad & (trainer.first_bad < 0), trainer.step, trainer.first_bad)
-    trainer.optimizer.found_inf = is_bad.float()
+    if trainer.device.type != "cpu":
+        trainer.optimizer.found_inf = is_bad.float()
+    elif is_bad:
+        return
     trainer.optimizer.step()
 
 # %% ../nbs/30_trainer.ipynb #1d866b68
