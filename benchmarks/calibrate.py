@@ -21,6 +21,8 @@ PAGE = Path(__file__).parent.parent / "nbs" / "right_answers.qmd"
 SHAPE = {"patch_length": 5, "stride": 5}
 NOTHING = {"kind": "nothing", "n": 6000, "budgets": ("2k", "6k", "20k", "60k"), "n_seeds": 2, **SHAPE}
 LADDERS = [
+    {"kind": "helps", "n": 100_000, "budgets": ("2k", "5k", "14k", "37k", "100k"), "n_seeds": 3, "n_pairs": 16, **SHAPE},
+    {"kind": "best_then_worse", "n": 20_000, "budgets": ("27k", "53k", "104k", "204k", "400k"), "n_seeds": 3, "n_pairs": 8, **SHAPE},
     {"kind": "helps", "n": 20_000, "budgets": ("2k", "5k", "14k", "37k", "100k"), "n_seeds": 2, "n_pairs": 4, **SHAPE},
     {"kind": "best_then_worse", "n": 20_000, "budgets": ("5k", "12k", "30k", "75k", "190k"), "n_seeds": 2, "n_pairs": 4, **SHAPE},
     {"kind": "leak_column", "n": 6000, "budgets": ("2k", "6k", "20k"), "n_seeds": 2, **SHAPE},
@@ -28,17 +30,17 @@ LADDERS = [
 N_DRAWS = 20
 
 
-def row(found: dict, seconds: float) -> str:
+def row(plan: dict, found: dict, seconds: float) -> str:
     losses = ", ".join(f"{budget} {loss:.4f}" for budget, loss in found["loss"].items())
     mark = "right" if found["is_right"] else "**wrong**"
-    cells = (found["kind"], f"{found['n']:,}", losses, f"{found['baseline']:.4f}", f"{found['bayes']:.4f}", found["answer"], mark, f"{seconds:.0f} s")
-    return f"| {' | '.join(cells)} |"
+    cells = (found["kind"], f"{found['n']:,}", plan.get("n_pairs", "–"), plan["n_seeds"], losses, f"{found['baseline']:.4f}", f"{found['bayes']:.4f}", found["answer"], mark, f"{seconds:.0f} s")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def draw(plan: dict, seed: int = 0) -> tuple[dict, str]:
     began = time.perf_counter()
     found = known_answer(**plan, seed=seed)
-    text = row(found, time.perf_counter() - began)
+    text = row(plan, found, time.perf_counter() - began)
     print(text, file=sys.stderr, flush=True)
     return found, text
 
@@ -56,7 +58,7 @@ def page(drawn: list[dict], noise: list[str], ladders: list[str]) -> str:
     counts = Counter(found["answer"] for found in drawn)
     said = ", ".join(f"{name} {n}" for name, n in counts.most_common())
     wrong = sum(not found["is_right"] for found in drawn)
-    head = "| series | sessions | test loss by size, nats | best baseline | truth | answer | | time |\n|---|---|---|---|---|---|---|---|"
+    head = "| series | sessions | pairs | seeds | test loss by size, nats | best baseline | truth | answer | | time |\n|---|---|---|---|---|---|---|---|---|---|"
     return f"""---
 title: "Right answers"
 description: "What the verdict says where the truth is known"

@@ -1,9 +1,10 @@
 """What the trainer costs over a bare PyTorch loop that does the same 2m steps.
 
 Both run in this process and take turns, step by step, on windows of the same data: a callback takes a bare step before or
-after each step of the trainer, so that whatever else the machine does meets both alike. The bare loop is what a careful user would
-write: gather, forward, backward, clip, set the learning rate, fused AdamW. The trainer runs with everything that an
-ordinary run has: schedule, metrics, checkpoints, signals, heat, a progress line.
+after each step of the trainer, so that whatever else the machine does meets both alike. Each loop comes twice in a row and
+finds its weights in the cache at the second time, so two turns, which hold both cases for both, make one ratio. The bare
+loop is what a careful user would write: gather, forward, backward, clip, set the learning rate, fused AdamW. The trainer
+runs with everything that an ordinary run has: schedule, metrics, checkpoints, signals, heat, a progress line.
 """
 
 import io
@@ -88,8 +89,13 @@ class TakeTurns(Callback):
             self.take()
 
 
-def measure(budget: str = "2m", n_steps: int = 600, n_warm: int = 10) -> dict:
-    "Return median seconds of both, and the median of their ratios turn by turn with its interval."
+def pairs(seconds: np.ndarray) -> np.ndarray:
+    "Add up each two turns."
+    return seconds[: len(seconds) // 2 * 2].reshape(-1, 2).sum(axis=1)
+
+
+def measure(budget: str = "2m", n_steps: int = 1200, n_warm: int = 10) -> dict:
+    "Return median seconds of both, and the median of their ratios by two turns with its interval."
     optim, data = OptimConfig(lr=1e-4, max_steps=n_steps, epochs=1000), make_data()
     turns = TakeTurns(BareLoop(data, optim, budget))
     with tempfile.TemporaryDirectory() as name, redirect_stderr(io.StringIO()):
@@ -98,7 +104,7 @@ def measure(budget: str = "2m", n_steps: int = 600, n_warm: int = 10) -> dict:
                     Checkpoint(folder / "checkpoints"), ThermalCallback(path=folder / "thermal.jsonl")]  # fmt: skip
         Trainer(make_model(budget), data, optim, callbacks=[turns, *ordinary]).fit()
     trained, bare = np.array(turns.trained_s[n_warm:]), np.array(turns.bare_s[n_warm:])
-    ratio = trained / bare
+    ratio = pairs(trained) / pairs(bare)
     low, high = bootstrap((ratio,), np.median, rng=np.random.default_rng(0)).confidence_interval
     return {"trainer_step_s": np.median(trained), "bare_step_s": np.median(bare), "ratio": np.median(ratio),
             "low": low, "high": high, "n_steps": len(bare)}  # fmt: skip
@@ -108,5 +114,5 @@ def rows() -> list[dict]:
     found = measure()
     work = "trainer over a bare loop, 2m, batch 64, float32"
     ends = f"95 % interval {(found['low'] - 1) * 100:+.2f} to {(found['high'] - 1) * 100:+.2f} %"
-    detail = f"median of {found['n_steps']} turns, {ends}; {found['trainer_step_s'] * 1e3:.1f} ms a step"
+    detail = f"median over {found['n_steps']} turns, {ends}; {found['trainer_step_s'] * 1e3:.1f} ms a step"
     return [{"work": work, "target": "< 1 %", "measured": f"{(found['ratio'] - 1) * 100:+.2f} %", "detail": detail}]

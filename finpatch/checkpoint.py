@@ -8,6 +8,7 @@ __all__ = ['NUMBERS', 'log', 'capture_tensors', 'restore_tensors', 'save_checkpo
 
 # %% ../nbs/31a_checkpoint.ipynb #743e24bd
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -147,6 +148,7 @@ class Checkpoint(Callback):
     saved_step = -1
 
     def save(self, trainer: Trainer) -> None:
+        trainer.emit("before_save")
         try:
             save_checkpoint(trainer, self.folder, self.appended)
             self.saved_step = trainer.step
@@ -173,8 +175,14 @@ class PauseOnSignal(Callback):
 
     order = 5
 
-    def __init__(self, stop_file: Path | str):
-        self.stop_file, self.received, self.previous = Path(stop_file), None, {}
+    def __init__(
+        self,
+        stop_file: Path | str,
+        every_s: float = 0.25,  # Seconds between two looks for the file
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.stop_file, self.every_s, self.clock = Path(stop_file), every_s, clock
+        self.received, self.previous, self.looked_at = None, {}, -math.inf
 
     def before_fit(self, trainer: Trainer) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -189,9 +197,11 @@ class PauseOnSignal(Callback):
     def look(self, trainer: Trainer) -> None:
         if self.received is not None:
             trainer.request_pause(signal.Signals(self.received).name)
-        elif self.stop_file.exists():
-            self.stop_file.unlink(missing_ok=True)
-            trainer.request_pause("STOP file")
+        elif (now := self.clock()) - self.looked_at >= self.every_s:
+            self.looked_at = now
+            if self.stop_file.exists():
+                self.stop_file.unlink(missing_ok=True)
+                trainer.request_pause("STOP file")
 
     after_micro_batch = after_step = after_eval_batch = while_waiting = look
 

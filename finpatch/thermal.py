@@ -189,6 +189,9 @@ class Watched(Callback):
     def while_waiting(self, trainer: Trainer) -> None:
         trainer.shown["heat"] = f"{self.brake.action}: {self.heat}"
 
+    def before_save(self, trainer: Trainer) -> None:
+        self.trace.write()
+
     def close(self) -> None:
         "Stop to read."
         if self.reader is not None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ log = logging.getLogger("finpatch")
 class Trace:
     "Rows in memory (the newest ten thousand) and, where there is a path, in a JSONL file."
 
-    def __init__(self, path: Path | str | None):
+    def __init__(self, path: Path | str | None, every_s: float = 1.0):
         self.path, self.rows, self.stream = path and Path(path), deque(maxlen=10_000), None
+        self.pending, self.written_at, self.every_s = [], time.monotonic(), every_s
 
     def open(self) -> None:
         "Open the file for appending, on a new line if a kill has cut its last one."
@@ -40,8 +42,16 @@ class Trace:
     def add(self, row: dict) -> None:
         self.rows.append(row)
         if self.stream is not None:
+            self.pending.append(row)
+            if time.monotonic() - self.written_at >= self.every_s:
+                self.write()
+
+    def write(self) -> None:
+        "Append the rows that wait."
+        rows, self.pending, self.written_at = self.pending, [], time.monotonic()
+        if self.stream is not None and rows:
             with self.failing_softly():
-                self.stream.write(to_json(row) + "\n")
+                self.stream.write("".join(to_json(row) + "\n" for row in rows))
                 self.stream.flush()
 
     @contextlib.contextmanager
@@ -54,6 +64,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
+        self.write()
         stream, self.stream = self.stream, None
         if stream is not None:
             with contextlib.suppress(OSError):  # what a full disk did not take stays in the buffer

@@ -24,7 +24,7 @@ from .experiment import OptimConfig
 # %% ../nbs/30_trainer.ipynb #883c3ca0
 EVENTS = (
     *("before_fit", "before_epoch", "before_step", "after_micro_batch", "after_step"),
-    *("after_eval_batch", "after_epoch", "while_waiting", "after_fit"),
+    *("after_eval_batch", "after_epoch", "before_save", "while_waiting", "after_fit"),
 )
 
 
@@ -40,6 +40,7 @@ class Callback:
     def after_step(self, trainer): ...
     def after_eval_batch(self, trainer): ...
     def after_epoch(self, trainer): ...
+    def before_save(self, trainer): ...
     def while_waiting(self, trainer): ...
     def after_fit(self, trainer): ...
 
@@ -68,9 +69,11 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
 def pad(
     samples: torch.Tensor,  # (n,) places in the dataset's table
     multiple: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (m,) samples and (m,) weights, m a multiple of `multiple`
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (m,) samples and (m,) weights, m a multiple of `multiple`; None: all 1
     "Fill up with repeats of the first sample, of weight 0."
     n_extra = -len(samples) % multiple
+    if n_extra == 0:
+        return samples, None
     weights = torch.ones(len(samples) + n_extra, device=samples.device)
     weights[len(samples) :] = 0
     return torch.cat([samples, samples[:1].expand(n_extra)]), weights
@@ -106,13 +109,14 @@ def update(trainer: "Trainer") -> None:
     "Clip and step; skip the step, and remember it, where a gradient is not finite."
     limit = math.inf if trainer.optim.max_grad_norm is None else trainer.optim.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    if trainer.device.type == "cpu" and math.isfinite(norm):
+        trainer.optimizer.step()
+        return
     is_bad = ~torch.isfinite(norm)
     trainer.first_bad = torch.where(is_bad & (trainer.first_bad < 0), trainer.step, trainer.first_bad)
     if trainer.device.type != "cpu":
         trainer.optimizer.found_inf = is_bad.float()
-    elif is_bad:
-        return
-    trainer.optimizer.step()
+        trainer.optimizer.step()
 
 # %% ../nbs/30_trainer.ipynb #1d866b68
 @torch.no_grad()
