@@ -1,7 +1,11 @@
 """Fixtures shared by the tests."""
 
+import os
+import shutil
+
 import pytest
 import torch
+from browsing import BROWSERS
 
 SKIPPED = {"mps": "no Apple GPU here: torch.backends.mps is not available", "cuda": "no CUDA device here"}
 
@@ -48,3 +52,16 @@ def raw6_dir(data_dir):
 
     build_dataset("SP500", "raw6", data_dir=data_dir)
     return data_dir
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make install` does it")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH: `.ci/run` installs Chromium where it may")
+    with api.sync_playwright() as playwright:
+        alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=path, args=alone)
+        yield browser
+        browser.close()

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from browsing import LOOK, WIDTHS, Watch
 
 from finpatch.core import read_json, write_json
 from finpatch.experiment import OptimConfig
@@ -183,3 +184,14 @@ def test_no_study(tmp_path, name):
     assert done.returncode == 1
     assert done.stderr.startswith("finpatch: a report needs the folder of a study; got no")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_a_telephone_and_a_desk(browser, trained, text, width):
+    "Opened as a file with the network cut, with every folded part open; a wide table scrolls by itself."
+    with Watch(browser, width) as watch:
+        watch.context.set_offline(True)
+        assert watch.look((trained / "report.html").as_uri()) == []
+        watch.page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+        assert watch.page.evaluate(LOOK) == [] and watch.page.locator("details[open]").count() > 0
+        assert watch.page.locator("img, svg").count() > 3

@@ -24,10 +24,9 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from browsing import LOOK, WIDTHS, Watch
 
 ROOT = Path(__file__).parent.parent
-WIDTHS = {390: 844, 1440: 900}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 IN_LAB = sorted(TUTORIALS, key=lambda path: path.stem != "first_run")[:2]  # the first run, and one more
 
@@ -276,19 +275,6 @@ def test_a_page_that_links_nowhere_stops_the_build(built, tmp_path):
 # ---- the browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make install` does it")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH: `.ci/run` installs Chromium where it may")
-    with api.sync_playwright() as playwright:
-        alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=path, args=alone)
-        yield browser
-        browser.close()
-
-
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
@@ -310,48 +296,6 @@ def served(built):
 def base(request, built) -> str:
     "Where the site begins: opened as a file, with the network cut, or from a server on this machine."
     return built.site.as_uri() + "/" if request.param == "file" else request.getfixturevalue("served")
-
-
-LOOK = """() => {
-  const problems = [], root = document.documentElement;
-  if (root.scrollWidth > innerWidth) problems.push(`${root.scrollWidth} px wide in a window of ${innerWidth}`);
-  for (const image of document.images)
-    if (!image.complete || !image.naturalWidth) problems.push(`image ${image.getAttribute("src").slice(0, 80)}`);
-  return problems;
-}"""
-
-
-class Watch:
-    "A page of the browser, with everything that it complains of or asks for elsewhere."
-
-    def __init__(self, browser, width: int):
-        self.context = browser.new_context(viewport={"width": width, "height": WIDTHS[width]})
-        self.page = self.context.new_page()
-        self.problems = []
-        self.page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
-        self.page.on("pageerror", lambda error: self.problems.append(f"script: {error}"))
-        self.page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url[:80]}"))
-        self.page.on("request", self.asked)
-
-    def asked(self, request):
-        parts = urlsplit(request.url)
-        if parts.scheme not in ("file", "data", "blob") and parts.hostname != "127.0.0.1":
-            self.problems.append(f"asked {request.url[:80]}")
-
-    def resize(self, width: int):
-        self.page.set_viewport_size({"width": width, "height": WIDTHS[width]})
-
-    def look(self, url: str) -> list[str]:
-        "Open an address and say what is wrong there."
-        self.problems.clear()
-        self.page.goto(url, wait_until="load")
-        return [*self.problems, *self.page.evaluate(LOOK)]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.context.close()
 
 
 FAULTS = {
