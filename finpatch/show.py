@@ -51,12 +51,12 @@ class Shown:
     def __repr__(self) -> str:
         return self.text
 
-# %% ../nbs/46b_show.ipynb #9ac8a9db
-def bar_html(parts: list[tuple[float, str]]) -> str:  # Share of the width and colour of each part
-    "Draw a bar."
-    style = "display:inline-block;height:.8em"
-    spans = (f'<span style="{style};width:{100 * share:.1f}%;background-color:{colour}"></span>' for share, colour in parts)
-    return f'<div style="width:12em;white-space:nowrap;text-align:left;line-height:.8em">{"".join(spans)}</div>'
+# %% ../nbs/46b_show.ipynb #522e591e
+def bar_html(parts: list[tuple[float, str]], text: str = "") -> str:  # Share of the width and colour of each part
+    "Draw a bar with a text behind it."
+    style = "display:inline-block;height:.8em;vertical-align:middle"
+    spans = (f'<span style="{style};width:{12 * share:.2f}em;background-color:{colour}"></span>' for share, colour in parts)
+    return f'<div style="white-space:nowrap;text-align:left;min-width:12em">{"".join(spans)} {escape(text)}</div>'
 
 # %% ../nbs/46b_show.ipynb #d19c87b2
 @singledispatch
@@ -64,12 +64,12 @@ def show(thing: object) -> Shown:
     "Show a dataset, a model, a run, or a folder with a run, a study or data."
     raise InputError("only a dataset, a model, a run or a folder can be shown", type(thing).__name__, "Pass one of these.")
 
-# %% ../nbs/46b_show.ipynb #1183f4be
+# %% ../nbs/46b_show.ipynb #c033bc1d
 def balance_html(y: pd.Series, is_binary: bool) -> str:
     "Show how labels are spread: the share of ones as a bar, or mean and standard deviation."
     if not is_binary:
         return f"mean {y.mean():.3g}, sd {y.std(ddof=0):.3g}"
-    return bar_html([(y.mean(), BLUE), (1 - y.mean(), "#bbb")]) + f"{y.mean():.1%} ones"
+    return bar_html([(y.mean(), BLUE), (1 - y.mean(), "#bbb")], f"{y.mean():.1%} ones")
 
 # %% ../nbs/46b_show.ipynb #413d48ef
 @show.register(FinancialDataset)
@@ -89,13 +89,13 @@ def show_dataset(dataset: FinancialDataset) -> Shown:
     clipped = f"{text}; {dataset.clipped_share:.2%} of the values are clipped"
     return Shown(f"<p>{escape(clipped)}</p>" + table_html(pd.DataFrame(rows), raw=("span", "labels")), clipped)
 
-# %% ../nbs/46b_show.ipynb #e8168c34
+# %% ../nbs/46b_show.ipynb #f6ae2950
 @show.register(PatchTST)
 def show_model(model: PatchTST) -> Shown:
     "Show the parts of a model with their counts."
     parts, c = count_parameters_by_part(model), model.config
     total = sum(parts.values())
-    rows = [{"part": k, "parameters": f"{n:,}", "share": bar_html([(n / total, BLUE)]) + f"{n / total:.1%}"} for k, n in parts.items()]
+    rows = [{"part": k, "parameters": f"{n:,}", "share": bar_html([(n / total, BLUE)], f"{n / total:.1%}")} for k, n in parts.items()]
     text = f"PatchTST, {total:,} trainable parameters: {c.n_layers} layers of width {c.d_model}, {c.n_heads} heads, d_ff {c.d_ff}; "
     text += f"{c.n_patches} patches of {c.patch_length} × {c.n_features // c.n_channels} numbers"
     return Shown(f"<p>{escape(text)}</p>" + table_html(pd.DataFrame(rows), raw=("share",)), text)

@@ -110,15 +110,16 @@ def square_html(row: dict) -> str:
     style = f"display:inline-block;width:1.4em;margin:1px;text-align:center;color:#fff;background-color:{colour}"
     return f'<span style="{style}" title="seed {row["seed"]}, lr {row["lr"]:g}: {row["status"]}">{sign}</span>'
 
-# %% ../nbs/46a_views.ipynb #640a1fbb
-def study_grid(table: pd.DataFrame) -> pd.DataFrame:  # Of HTML: size, rates, a column per fold
+# %% ../nbs/46a_views.ipynb #ac4b20fd
+def study_grid(table: pd.DataFrame) -> pd.DataFrame:  # Of HTML: size, rates where they are tried, a column per fold
     "Lay the cells of one question out: a row per size, a square per seed in the column of its fold."
     squares, rows = table.assign(square=[square_html(r) for r in table.to_dict("records")]), []
     for budget, part in squares.groupby("budget", sort=False):
         tried, judged = part[part["role"] == "search"], part[part["role"] != "search"]
         by_fold = {f"fold {k}": "".join(p["square"]) for k, p in judged.groupby("fold")}
         rows.append({"size": budget, "rates": "".join(tried["square"])} | by_fold)
-    return pd.DataFrame(rows).fillna("")
+    grid = pd.DataFrame(rows).fillna("")
+    return grid if grid["rates"].any() else grid.drop(columns="rates")
 
 # %% ../nbs/46a_views.ipynb #127833d2
 def draw_losses(ax, rows: list[dict], unit: str = "loss") -> None:  # rows: epoch, train_loss, val_loss
@@ -143,19 +144,20 @@ def patch_rows(config: PatchTSTConfig) -> np.ndarray:  # (N, 2) first and last r
     first = dropped + c.stride * np.arange(c.n_patches)
     return np.stack([first, np.minimum(first + c.patch_length, c.context_length) - 1], axis=1)
 
-# %% ../nbs/46a_views.ipynb #0ffe61aa
+# %% ../nbs/46a_views.ipynb #56eec877
 def plot_attention(
     weights: np.ndarray,  # (N, N), each row sums to 1
     config: PatchTSTConfig,
     sessions: pd.DatetimeIndex,  # (T,) of the window
     ax: object = None,  # Matplotlib axes; None: a new figure
+    top: float | None = None,  # Weight at the end of the colours; None: the largest
 ) -> object:  # The axes
     "Draw how much each patch attends to each, named by the last session of the patch."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(4.6, 3.8), layout="constrained")[1]
     names = [f"{sessions[last]:%d %b}" for _, last in patch_rows(config)]
-    image = ax.imshow(weights, cmap="cividis", vmin=0)
+    image = ax.imshow(weights, cmap="cividis", vmin=0, vmax=top)
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set(xlabel="attended patch, last session", ylabel="attending patch")
