@@ -33,37 +33,37 @@ def steps_from_source(entries: list[dict]) -> dict[tuple[str, int], int]:  # Nam
 
     return {name: count(name) for name in known}
 
-# %% ../nbs/46a_views.ipynb #0683cf45
+# %% ../nbs/46a_views.ipynb #89a31aca
 def node_svg(entry: dict, x: float, y: float, problem: str = "") -> str:
-    "Draw a file as a box of 230 × 54."
+    "Draw a file as a box of 204 × 54."
     name, colour = "{} v{}".format(*key(entry)), RED if problem else BLUE
     lines = [name, f"{entry['n_rows']:,} rows, {entry['first_session']} to {entry['last_session']}"]
     lines.append(f"{problem} · " * bool(problem) + f"content {entry['content_sha256'][:12]}…")
     texts = "".join(f'<text x="{x + 8}" y="{y + 16 + 15 * i}" font-size="{12 if i == 0 else 10}">{escape(t)}</text>' for i, t in enumerate(lines))
     dash = ' stroke-dasharray="5 3"' if problem else ""
-    return f'<rect x="{x}" y="{y}" width="230" height="54" rx="4" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>{texts}'
+    return f'<rect x="{x}" y="{y}" width="204" height="54" rx="4" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>{texts}'
 
-# %% ../nbs/46a_views.ipynb #ac080b1e
+# %% ../nbs/46a_views.ipynb #f4ec6c6a
 def edge_svg(start: tuple[float, float], end: tuple[float, float], is_next: bool) -> str:  # Corners of two boxes
     "Draw an arrow between neighbouring columns, or in an arc below what lies between."
     (x1, y1), (x2, y2) = start, end
-    path = f"M{x1 + 230} {y1 + 27} C{x1 + 255} {y1 + 27} {x2 - 35} {y2 + 27} {x2 - 6} {y2 + 27}"
+    path = f"M{x1 + 204} {y1 + 27} C{x1 + 222} {y1 + 27} {x2 - 24} {y2 + 27} {x2 - 6} {y2 + 27}"
     if not is_next:
-        path = f"M{x1 + 200} {y1 + 54} C{x1 + 240} {y1 + 84} {x2 - 20} {y2 + 84} {x2 + 24} {y2 + 60}"
+        path = f"M{x1 + 180} {y1 + 54} C{x1 + 220} {y1 + 84} {x2 - 20} {y2 + 84} {x2 + 24} {y2 + 60}"
     return f'<path d="{path}" fill="none" stroke="#888" stroke-width="1.3" marker-end="url(#arrow)"/>'
 
-# %% ../nbs/46a_views.ipynb #66aab952
+# %% ../nbs/46a_views.ipynb #4d319f39
 def lineage_svg(entries: list[dict], problems: dict[str, str] | None = None) -> str:  # problems: path → complaint
     "Draw files and their parents."
     steps, at, filled = steps_from_source(entries), {}, {}
     for e in sorted(entries, key=key):
         column = steps[key(e)]
-        at[key(e)] = (10 + 290 * column, 10 + 92 * filled.get(column, 0))
+        at[key(e)] = (10 + 250 * column, 10 + 92 * filled.get(column, 0))
         filled[column] = filled.get(column, 0) + 1
     nodes = [node_svg(e, *at[key(e)], (problems or {}).get(e["path"], "")) for e in entries]
     pairs = [(key(p), key(e)) for e in entries for p in e.get("parents", []) if key(p) in at]
     edges = [edge_svg(at[a], at[b], steps[b] - steps[a] == 1) for a, b in pairs]
-    width, height = 290 * (max(filled, default=0) + 1) - 40, 92 * max(filled.values(), default=0) + 10
+    width, height = 250 * (max(filled, default=0) + 1) - 26, 92 * max(filled.values(), default=0) + 10
     head = '<marker id="arrow" markerWidth="7" markerHeight="7" refX="5" refY="3" orient="auto"><path d="M0 0L6 3L0 6z" fill="#888"/></marker>'
     return (f'<div style="overflow-x:auto"><svg role="img" aria-label="lineage" width="{width}" height="{height}" '
             f'font-family="sans-serif" fill="currentColor">{head}{"".join(edges + nodes)}</svg></div>')  # fmt: skip
