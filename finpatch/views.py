@@ -68,9 +68,9 @@ def lineage_svg(entries: list[dict], problems: dict[str, str] | None = None) -> 
     return (f'<div style="overflow-x:auto"><svg role="img" aria-label="lineage" width="{width}" height="{height}" '
             f'font-family="sans-serif" fill="currentColor">{head}{"".join(edges + nodes)}</svg></div>')  # fmt: skip
 
-# %% ../nbs/46a_views.ipynb #9c415228
-STATES = {"done": ("✓", BLUE), "running": ("…", "#56B4E9"), "open": ("·", "#bbb"), "refused": ("–", "#E69F00"),
-          "diverged": ("∞", "#CC79A7"), "failed": ("!", RED)}  # fmt: skip
+# %% ../nbs/46a_views.ipynb #79abd313
+STATES = {"done": ("✓", BLUE, "#fff"), "running": ("…", "#56B4E9", "#000"), "open": ("·", "#ccc", "#000"),
+          "refused": ("–", "#E69F00", "#000"), "diverged": ("∞", "#CC79A7", "#000"), "failed": ("!", RED, "#000")}  # sign, ground, ink
 
 
 def is_held(folder: Path) -> bool:
@@ -103,11 +103,11 @@ def study_table(
         rows.append(describe_cell(cell, name) | {"status": result["status"] if result else open_as})
     return pd.DataFrame(rows)
 
-# %% ../nbs/46a_views.ipynb #47b16d3a
+# %% ../nbs/46a_views.ipynb #57d8fb6f
 def square_html(row: dict) -> str:
     "Draw a cell."
-    sign, colour = STATES[row["status"]]
-    style = f"display:inline-block;width:1.4em;margin:1px;text-align:center;color:#fff;background-color:{colour}"
+    sign, ground, ink = STATES[row["status"]]
+    style = f"display:inline-block;width:1.4em;margin:1px;text-align:center;color:{ink};background-color:{ground}"
     return f'<span style="{style}" title="seed {row["seed"]}, lr {row["lr"]:g}: {row["status"]}">{sign}</span>'
 
 # %% ../nbs/46a_views.ipynb #ac4b20fd
