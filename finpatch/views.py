@@ -52,7 +52,7 @@ def edge_svg(start: tuple[float, float], end: tuple[float, float], is_next: bool
         path = f"M{x1 + 180} {y1 + 54} C{x1 + 220} {y1 + 84} {x2 - 20} {y2 + 84} {x2 + 24} {y2 + 60}"
     return f'<path d="{path}" fill="none" stroke="#888" stroke-width="1.3" marker-end="url(#arrow)"/>'
 
-# %% ../nbs/46a_views.ipynb #4d319f39
+# %% ../nbs/46a_views.ipynb #f52965a6
 def lineage_svg(entries: list[dict], problems: dict[str, str] | None = None) -> str:  # problems: path → complaint
     "Draw files and their parents."
     steps, at, filled = steps_from_source(entries), {}, {}
@@ -65,8 +65,8 @@ def lineage_svg(entries: list[dict], problems: dict[str, str] | None = None) -> 
     edges = [edge_svg(at[a], at[b], steps[b] - steps[a] == 1) for a, b in pairs]
     width, height = 250 * (max(filled, default=0) + 1) - 26, 92 * max(filled.values(), default=0) + 10
     head = '<marker id="arrow" markerWidth="7" markerHeight="7" refX="5" refY="3" orient="auto"><path d="M0 0L6 3L0 6z" fill="#888"/></marker>'
-    return (f'<div style="overflow-x:auto"><svg role="img" aria-label="lineage" width="{width}" height="{height}" '
-            f'font-family="sans-serif" fill="currentColor">{head}{"".join(edges + nodes)}</svg></div>')  # fmt: skip
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width}" height="{height}" font-family="sans-serif" fill="#222">'
+            f'<rect width="100%" height="100%" fill="#fff"/>{head}{"".join(edges + nodes)}</svg>')  # fmt: skip
 
 # %% ../nbs/46a_views.ipynb #79abd313
 STATES = {"done": ("✓", BLUE, "#fff"), "running": ("…", "#56B4E9", "#000"), "open": ("·", "#ccc", "#000"),
