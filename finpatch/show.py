@@ -126,7 +126,7 @@ def show_lineage(
     picture = image_html(lineage_svg(entries, problems).encode(), "svg+xml", text, "auto")
     return Shown(f"<p>{text}</p>{picture}{others}", text)
 
-# %% ../nbs/46b_show.ipynb #76e06b3e
+# %% ../nbs/46b_show.ipynb #b6b6dcee
 @show.register(Run)
 def show_run(run: Run | Path | str) -> Shown:
     "Show how a run went and what came of it."
@@ -138,7 +138,7 @@ def show_run(run: Run | Path | str) -> Shown:
     rows = read_trace(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
     body = [f"<p>{escape(text)}</p>"]
     if rows:
-        figure = new_figure(draw_losses, rows, loss_unit(result["kind"]) if "kind" in result else "loss")
+        figure = new_figure(draw_losses, rows, loss_unit(result["kind"]) if "kind" in result else "loss", height=2.6)
         body.append(image_html(png_bytes(figure), "png", f"losses of {run_dir.name}", "27em"))
     if result.get("test"):
         frame = result_frame(result).reset_index(names="forecast")
@@ -180,7 +180,7 @@ def put_png(png: bytes, display: Callable, handle: object = None) -> object:  # 
     handle.update(image)
     return handle
 
-# %% ../nbs/46b_show.ipynb #b8e0ee89
+# %% ../nbs/46b_show.ipynb #e6815196
 class LiveCurve(Callback):
     "Draw losses by epoch into one output; reads the losses, writes nothing."
 
@@ -210,7 +210,7 @@ class LiveCurve(Callback):
         if self.display is None:
             return
         try:
-            png = png_bytes(new_figure(draw_losses, self.rows, loss_unit(trainer.dataset.task.kind)))
+            png = png_bytes(new_figure(draw_losses, self.rows, loss_unit(trainer.dataset.task.kind), height=2.6))
             self.handle = put_png(png, self.display, self.handle)
         except Exception as error:
             log.warning("the curve is no longer drawn: %s: %s", type(error).__name__, error)
