@@ -41,7 +41,7 @@ test: $(VENV)/all.done ## Run every notebook once, the tests, and the sync gate
 
 check: $(VENV)/all.done ## Export, clean, lint, then everything that `test` runs
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
-	$(BIN)/ruff check nbs tests setup.py finpatch
+	$(BIN)/ruff check nbs tests setup.py finpatch benchmarks
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test
 
 style: $(VENV)/all.done ## Print the house figures of each notebook
