@@ -1,6 +1,6 @@
 # Two commands set everything up on a fresh machine: `make run` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help install run test verify check style docs lab bench calibrate wheel clean
+.PHONY: help install run test soak verify check style docs lab bench calibrate wheel clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,10 +39,14 @@ verify: $(VENV)/core.done ## Build what is missing of the embedded data, then ve
 test: $(VENV)/all.done ## Run every notebook once, the tests, and the sync gate
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test
 
-check: $(VENV)/all.done ## Export, clean, lint, then everything that `test` runs
+soak: $(VENV)/all.done ## Run the tests that take long: kills at random moments, memory limits, JupyterLab
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/soak
+
+check: $(VENV)/all.done ## Export, clean, lint, then everything that `test` and `soak` run
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	$(BIN)/ruff check nbs tests setup.py finpatch benchmarks
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/soak
 
 style: $(VENV)/all.done ## Print the house figures of each notebook
 	$(BIN)/python .ci/style.py

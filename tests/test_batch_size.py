@@ -158,6 +158,7 @@ def start_fit(cap_gib, n, data_dir, folder):
     return subprocess.Popen([sys.executable, "-c", FIT, *map(str, words)], stdout=-1, stderr=-1, text=True)
 
 
+@pytest.mark.soak
 @needs_limit
 def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_survives(data_dir, tmp_path):
     cap = round(loaded_gib() + 1.0, 2)

@@ -246,6 +246,7 @@ def save_for_ever(path, started):
         save_weights(model, path)
 
 
+@pytest.mark.soak
 def test_twenty_kills_while_saving_weights(tmp_path):
     "Whatever moment a kill meets, the weights under the final name are whole."
     context = multiprocessing.get_context("forkserver")  # children start in milliseconds
@@ -264,6 +265,7 @@ def test_twenty_kills_while_saving_weights(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.soak
 def test_kills_during_fetch_build_and_train_leave_the_next_command_working(tmp_path):
     "The whole chain is killed at six moments, then runs through."
     where = ["--data-dir", str(tmp_path / "data"), "--runs-dir", str(tmp_path / "runs")]

@@ -56,6 +56,7 @@ def write_for_ever(data, seed, started):
         started.set()
 
 
+@pytest.mark.soak
 def test_twenty_kills_at_random_moments(tmp_path):
     rng, n_torn, n_versions = random.Random(0), 0, 0
     for kill in range(20):

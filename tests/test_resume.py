@@ -74,6 +74,7 @@ def work(run_dir, data_dir, started):
         train_run(CONFIG, "10k", run_dir=run_dir, device="cpu", callbacks=(Slow(started),), **options)
 
 
+@pytest.mark.soak
 def test_twenty_kills_end_in_the_bits_of_the_run_that_nobody_touched(data_dir, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finpatch.run"])
@@ -332,6 +333,7 @@ def test_a_terminal_shows_one_line_of_progress_and_nothing_from_libraries(data_d
     assert "resumed from step" in second
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("ask", [signal.SIGTERM, "STOP"])
 def test_a_request_to_stop_ends_with_status_3_and_can_be_resumed(ask, data_dir, tmp_path):
     "As in a terminal: the line says how to go on, and that line works."

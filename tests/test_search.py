@@ -34,6 +34,7 @@ def trials(search_dir):
     return read_json(search_dir / "result.json")["trials"]
 
 
+@pytest.mark.soak
 def test_a_search_killed_at_random_moments_equals_one_that_was_not(config, raw6_dir, tmp_path):
     whole = search_quietly(config, tmp_path / "whole", raw6_dir)
     n_looks = len(read_looks(raw6_dir / "ledger.jsonl"))

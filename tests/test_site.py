@@ -436,6 +436,7 @@ def lab(tmp_path_factory):
         server.wait(30)
 
 
+@pytest.mark.soak
 @pytest.mark.jupyterlab
 @pytest.mark.parametrize("tutorial", IN_LAB, ids=lambda path: path.stem)
 def test_jupyterlab_restarts_and_runs_a_tutorial(browser, lab, tutorial):

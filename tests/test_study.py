@@ -70,6 +70,7 @@ def wait_for(pattern, study_dir, n=1):
         time.sleep(0.01)
 
 
+@pytest.mark.soak
 def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_not(raw6_dir, whole, tmp_path):
     rng, study_dir, done = random.Random(0), tmp_path / "killed", []
     for n_kills in range(4):
@@ -90,6 +91,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_table_of_one_that_was_no
         assert all((study_dir / "cells" / k / "result.json").read_bytes() == v for k, v in cells.items())
 
 
+@pytest.mark.soak
 def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(raw6_dir, whole, tmp_path, monkeypatch):
     study_dir = tmp_path / "study"
 
