@@ -1,6 +1,6 @@
 # Two commands set everything up on a fresh machine: `make run` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help install run test soak verify check style docs lab bench calibrate wheel clean
+.PHONY: help install run panel test soak verify check style docs lab bench calibrate wheel clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ $(VENV)/core.done: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/all.done: $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,tracking,study]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study]'
 	touch $@ $(VENV)/core.done
 
 install: $(VENV)/all.done ## Make .venv with everything, from requirements.lock
@@ -28,6 +28,15 @@ run: $(VENV)/core.done ## Build the SP500 data and run the study: five budgets, 
 	$(BIN)/finpatch data fetch SP500
 	$(BIN)/finpatch data build SP500 --tier raw6
 	$(BIN)/finpatch study --config sp500_study
+
+$(VENV)/panel.done: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[panel]'
+	touch $@ $(VENV)/core.done
+
+panel: $(VENV)/panel.done ## Fetch and build twenty stocks of the package skfolio and run the study of them
+	$(BIN)/finpatch data fetch --universe skfolio
+	$(BIN)/finpatch data build --universe skfolio --tier c12
+	$(BIN)/finpatch study --config skfolio_panel
 
 verify: $(VENV)/core.done ## Build what is missing of the embedded data, then verify every file
 	@for symbol in SP500 NASDAQ; do \

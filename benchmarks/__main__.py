@@ -11,9 +11,9 @@ import torch
 
 from finpatch.device import describe_machine
 
-from . import trainer_overhead
+from . import panel, trainer_overhead
 
-PARTS = {"trainer": trainer_overhead}
+PARTS = {"trainer": trainer_overhead, "panel": panel}
 
 
 def render(rows: list[dict], machine: dict) -> str:

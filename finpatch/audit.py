@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_IC', 'MAX_T', 'next_returns', 'rank_correlation', 'scan_columns', 'AuditReport', 'headline', 'choose_cuts',
-           'audit', 'odd_weeks', 'compare_stored', 'audit_dataset']
+           'audit', 'audit_panel', 'odd_weeks', 'compare_stored', 'audit_join', 'audit_dataset']
 
 # %% ../nbs/16_audit.ipynb #e2812191
 from collections.abc import Callable, Iterable
@@ -19,6 +19,8 @@ from .core import InputError
 from .features import adjusted_bars, compute_features, feature_names
 from .indicators import log_returns
 from .manifest import find_entry, load_frame
+from .outside import audit_outside, outside_columns
+from .panel import narrow, wide
 
 # %% ../nbs/16_audit.ipynb #10a00ef2
 MAX_IC, MAX_T = 0.10, 6.0
@@ -29,7 +31,7 @@ def next_returns(
     n_ahead: int = 5,  # Sessions
 ) -> dict[int, pd.Series]:  # k -> the return of session t+k at t
     "Return each of the next daily log returns."
-    close = adjusted_bars(prices)["Close"] if "Adj Close" in prices else prices["Close"]
+    close = adjusted_bars(prices, ("Close",))["Close"] if "Adj Close" in prices else prices["Close"]
     r = pd.Series(log_returns(close.to_numpy(np.float64)), index=prices.index)
     return {k: r.shift(-k) for k in range(1, n_ahead + 1)}
 
@@ -152,6 +154,22 @@ def audit(
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return AuditReport(title, len(frame), tuple(map(str, result.columns)), rows, leaks, suspects, notes)
 
+# %% ../nbs/16_audit.ipynb #0d8ddf1e
+def audit_panel(
+    fn: Callable,  # {symbol: frame} -> {symbol: frame of features}, one row per session of the symbol
+    frames: dict[str, pd.DataFrame],  # Sessions, oldest first, by symbol
+    cuts: int | Iterable[int] = 50,  # How many rows of the union of sessions to cut after, or which
+    *,
+    seed: int = 0,  # Of cuts and futures
+    first_cut: int = 0,  # Drawn cuts start here
+    name: str | None = None,  # For the report
+) -> AuditReport:
+    "Look for the future of any symbol in the features of any."
+    found = audit(lambda frame: wide(fn(narrow(frame))), wide(frames), cuts, seed=seed, first_cut=first_cut, name=name or getattr(fn, "__name__", "panel"))
+    parts = [scan_columns(own.add_prefix(f"{s}|"), frames[s]) for s, own in fn(frames).items() if "Close" in frames[s]]
+    suspects = pd.concat([part for part in parts if len(part)] or [found.suspects], ignore_index=True)
+    return AuditReport(found.name, found.n_rows, found.columns, found.cuts, found.leaks, suspects, found.notes)
+
 # %% ../nbs/16_audit.ipynb #4577d4fa
 def odd_weeks(
     index: pd.DatetimeIndex,  # Sessions
@@ -176,6 +194,19 @@ def compare_stored(
     return compare_rows(fresh, fresh.where(near, stored).reindex(stored.index), fresh.index[-1], "stored")
 
 # %% ../nbs/16_audit.ipynb #2be97e0b
+def audit_join(
+    stored: pd.DataFrame,  # A dataset with outside columns
+    entry: dict,  # Of the outside table, with its rule
+    data_dir: Path | str,
+) -> tuple[pd.DataFrame, list[Leak]]:  # Its columns as stored; what is wrong with them
+    "Audit the rule of a table on the sessions of a dataset, and the stored columns against it."
+    name, rule = entry["dataset_id"].split(".")[0], entry["source"].get("available_at")
+    table = load_frame(data_dir, entry["dataset_id"], entry["version"])
+    fresh = outside_columns(name, table, entry, stored.index)
+    cuts = choose_cuts(20, len(stored))
+    return stored[list(fresh)], audit_outside(stored.index, table, rule, cuts) + compare_stored(stored[list(fresh)], fresh)
+
+
 def audit_dataset(
     symbol: str,  # e.g. SP500
     tier: str = "a20",
@@ -190,6 +221,10 @@ def audit_dataset(
     cuts = {*choose_cuts(n_cuts, len(bars), seed), *odd_weeks(bars.index)}
     title = f"{entry['dataset_id']} v{entry['version']}"
     code = audit(lambda x: compute_features(x, tier, warmup=0), bars, cuts, seed=seed, name=title)
-    own = stored[feature_names(tier)]
-    leaks = code.leaks + compare_stored(own, compute_features(bars, tier))
+    own, fresh = stored[feature_names(tier)], compute_features(bars, tier)
+    tables = [p for p in entry["parents"] if p["dataset_id"].endswith(".outside.daily")]
+    leaks = code.leaks + compare_stored(own, fresh.loc[stored.index[0] :] if tables else fresh)
+    for parent in tables:
+        extra, found = audit_join(stored, find_entry(data_dir, parent["dataset_id"], parent["version"]), data_dir)
+        own, leaks = own.join(extra), leaks + found
     return AuditReport(title, len(own), tuple(own), code.cuts, leaks, scan_columns(own, stored), code.notes)

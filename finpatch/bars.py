@@ -17,7 +17,7 @@ import pandas as pd
 from pandas.tseries.api import guess_datetime_format
 
 from .core import InputError, NotFoundError, file_digest, nearest
-from .validate import CHECKS, COLUMNS
+from .validate import CHECKS, COLUMNS, has_closes_only
 
 log = logging.getLogger("finpatch")
 
@@ -119,7 +119,8 @@ def tidy_bars(
 ) -> pd.DataFrame:  # Named columns in order, float64, indexed by `session`
     "Bring any source's table into one form, without changing a value."
     named = frame.set_axis([tidy_name(name) for name in frame.columns], axis=1)
-    absent = [name for name in COLUMNS if name not in [*named.columns, "Adj Close"]]
+    wanted = ["Close"] if has_closes_only(named.columns) else COLUMNS
+    absent = [name for name in wanted if name not in [*named.columns, "Adj Close"]]
     if absent:
         found = f"no {', '.join(absent)} among {', '.join(map(str, frame.columns))}"
         remedy = "Separate the columns by commas, with decimal points." if frame.shape[1] == 1 else CHECKS["columns"].remedy

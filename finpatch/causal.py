@@ -43,10 +43,11 @@ def corrupt_after(
     "Replace every value after `row` by another plausible one."
     rng = np.random.default_rng([seed, row + 1])
     out, n = frame.copy(), len(frame) - row - 1
-    factor = np.exp(rng.standard_normal(n))
-    for place, name in enumerate(frame.columns):
-        old = frame.iloc[row + 1 :, place]
-        if name in PRICE_COLUMNS: new = old * factor
+    factors = {"": np.exp(rng.standard_normal(n))}
+    for place, column in enumerate(frame.columns):
+        old, (symbol, _, name) = frame.iloc[row + 1 :, place], str(column).rpartition("|")
+        if symbol not in factors: factors[symbol] = np.exp(rng.standard_normal(n))
+        if name in PRICE_COLUMNS: new = old * factors[symbol]
         elif name in ("Adj Close", "Volume"): new = (old + (name == "Volume")) * np.exp(rng.standard_normal(n))
         elif pd.api.types.is_bool_dtype(old): new = rng.random(n) < 0.5
         elif pd.api.types.is_numeric_dtype(old): new = old + rng.standard_normal(n) * (1 + 3 * frame.iloc[:, place].std())

@@ -31,6 +31,7 @@ from .experiment import ExperimentConfig
 from .job import check_lineage, load_frames, outcome, store_predictions
 from .ledger import read_looks, record_look
 from .lock import exclusive
+from .panel import universe_digest
 from .predictions import span_digest
 from .run import add_session, assemble, execute
 from .samples import check_splits
@@ -50,11 +51,11 @@ class Cell:
 
 # %% ../nbs/42b_cell.ipynb #a51402bb
 CODE = (
-    "kinds", "targets", "episodes", "folds", "samples", "dataset",  # data
+    "kinds", "targets", "episodes", "folds", "universe", "panel", "samples", "dataset",  # data
     "model_config", "cost", "budget", "patchtst", "compute",  # model
     "trainer", "callbacks", "checkpoint", "job", "run", "cell",  # training
 )  # fmt: skip
-BASELINE_CODE = (*CODE[:6], "tuned", "baselines", "evaluate", "metrics")
+BASELINE_CODE = (*CODE[:8], "tuned", "baselines", "evaluate", "metrics")
 
 
 @lru_cache
@@ -87,7 +88,8 @@ class Source:
     def frames(self, config: ExperimentConfig) -> dict[str, pd.DataFrame]:
         "Return the verified frames of an experiment, by symbol."
         self.entries(config)
-        return self.keep(("frames", config.dataset), lambda: load_frames(config, self.data_dir))
+        peers = (config.horizon, config.panel) if "Peers" in Task(config.task).needs else None
+        return self.keep(("frames", config.dataset, peers), lambda: load_frames(config, self.data_dir))
 
     def n_features(self, config: ExperimentConfig) -> int:
         return len(next(iter(self.frames(config).values())).columns.difference(PRICES))
@@ -99,7 +101,7 @@ class Source:
     def dataset(self, cell: Cell) -> FinancialDataset:
         "Return the dataset of a cell; raise `InputError` where a split is too small."
         c = cell.config
-        key = ("dataset", cell.role, c.dataset, c.task, c.horizon, c.context_length, c.splits)
+        key = ("dataset", cell.role, c.dataset, c.task, c.horizon, c.context_length, c.splits, c.panel)
         return self.keep(key, lambda: make_dataset(self, cell))
 
 # %% ../nbs/42b_cell.ipynb #ce39b942
@@ -127,6 +129,7 @@ def describe_effective(cell: Cell, source: Source) -> dict:
     config = json.loads(json.dumps(plain(cell.config), default=str))
     config = {k: v for k, v in config.items() if k not in CLOCK}
     config["compute"] = {k: v for k, v in config["compute"].items() if k not in CLOCK}
+    config["panel"]["universe"] = universe_digest(cell.config.panel)
     parts = {"config": config, "budget": cell.budget, "fold": cell.fold, "role": cell.role}
     parts |= {"data": data_digests(source, cell.config), "code": code_digest()}
     if cell.role == "baselines":

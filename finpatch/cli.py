@@ -46,20 +46,33 @@ def add(parent, name: str, run: Callable, example: str) -> argparse.ArgumentPars
 
 # %% ../nbs/50_cli.ipynb #d434aeca
 def add_data(parent) -> None:
-    "Add `data fetch` and `data build`."
+    "Add `data fetch`, `data outside` and `data build`."
     data = parent.add_parser("data", help="Fetch prices and build features").add_subparsers(required=True, metavar="WHAT")
+    sources = ("embedded", "yahoo", "file", "skfolio", "bokeh")
     p = add(data, "fetch", answers.data_fetch, "finpatch data fetch SP500")
-    p.add_argument("symbol", help="embedded: SP500, NASDAQ; otherwise the source's own name, e.g. SPY")
-    p.add_argument("--source", choices=("embedded", "yahoo", "file"), default="embedded")
-    p.add_argument("--path", help="CSV or parquet, with --source file")
+    p.set_defaults(parser=p)
+    p.add_argument("symbols", nargs="*", metavar="SYMBOL", help="embedded: SP500, NASDAQ; otherwise the source's own name, e.g. SPY")
+    p.add_argument("--universe", metavar="NAME_OR_FILE", help="skfolio, bokeh, or a CSV of symbol, from, to; instead of symbols")
+    p.add_argument("--source", choices=sources, help="default: embedded, or the universe's own")
+    p.add_argument("--path", help="CSV or parquet, with --source file; for several symbols a folder with a file each")
+    p.add_argument("--pause-s", type=float, metavar="X", help="seconds between two requests (default: 1 for yahoo)")
     p.add_argument("--start", metavar="DATE", help="first session, YYYY-MM-DD")
     p.add_argument("--end", metavar="DATE", help="last session, YYYY-MM-DD")
     p.add_argument("--calendar", default="XNYS", help="an exchange_calendars name, 24/7 or none (default: XNYS)")
     p.add_argument("--accept", action="append", default=[], metavar="FINDING", help="accept a finding, by name")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
+    p = add(data, "outside", answers.data_outside, "finpatch data outside VIX --path vix.csv --lag-days 0")
+    p.add_argument("name", metavar="NAME", help="the table's name; tiers use it as in raw6+NAME")
+    p.add_argument("--path", required=True, help="CSV or parquet with a column `date`")
+    known = p.add_mutually_exclusive_group()
+    known.add_argument("--lag-days", type=int, metavar="N", help="days after its date on which a row was known")
+    known.add_argument("--available-column", metavar="NAME", help="the column that says when a row was known")
+    p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
     p = add(data, "build", answers.data_build, "finpatch data build SP500 --tier a20")
-    p.add_argument("symbols", nargs="+", metavar="SYMBOL")
-    p.add_argument("--tier", default="a20", help="a20, raw6 or one's own (default: a20)")
+    p.set_defaults(parser=p)
+    p.add_argument("symbols", nargs="*", metavar="SYMBOL")
+    p.add_argument("--universe", metavar="NAME_OR_FILE", help="skfolio, bokeh, or a CSV of symbol, from, to; instead of symbols")
+    p.add_argument("--tier", default="a20", help="a20, raw6, c12 (closes alone) or one's own (default: a20)")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
 
 # %% ../nbs/50_cli.ipynb #38a55dbb

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'window_view', 'FinancialDataset', 'window_starts', 'n_windows', 'describe', 'rows_from_frame',
-           'load_dataset', 'from_arrays', 'check_kind', 'given_labels']
+           'frame_reader', 'load_dataset', 'from_arrays', 'check_kind', 'given_labels']
 
 # %% ../nbs/15_dataset.ipynb #e4356087
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,12 @@ import torch
 
 from .config import check_range
 from .core import InputError, nearest
+from .entries import pick, read_entries
 from .experiment import ExperimentConfig, SplitsConfig
 from .kinds import KINDS
 from .manifest import load_frame
-from .samples import SPLITS, Scaler, SymbolRows, check_names, check_splits, first_rows, pool_samples, sample_table, training_rows
+from .panel import membership, peer_returns
+from .samples import SPLITS, Scaler, SymbolRows, check_names, check_splits, first_rows, fit_scaler, pool_samples, scale_rows
 from .targets import Task
 
 # %% ../nbs/15_dataset.ipynb #4cad9160
@@ -45,16 +49,17 @@ class FinancialDataset:
         context_length: int,  # T, sessions
         scaler: Scaler | None = None,  # None: fitted on the training rows
         is_checked: bool = True,  # Refuse spans that cannot say anything
+        is_per_symbol: bool = False,  # Fit one scaler a symbol instead of one for all
+        out: np.ndarray | None = None,  # (R, F) float32 for the scaled rows, e.g. where the rows lie; None: a new array
     ):
         check_range("context_length", context_length, 1, splits.max_context)
         check_names(rows, names, scaler)
         self.task, self.splits, self.context_length, self.names = task, splits, context_length, tuple(names)
         self.samples = pool_samples(rows, splits, task.horizon)
         if is_checked: check_splits(self.samples, task)
-        x = np.concatenate([r.x for r in rows])
-        self.scaler = scaler or Scaler.fit(x[training_rows(self.samples, splits.max_context)], self.names)
-        self.clipped_share = self.scaler.clipped_share(x)
-        self.x = torch.from_numpy(self.scaler(x))  # (R, F)
+        self.scaler = scaler or fit_scaler(rows, self.samples, splits.max_context, self.names, is_per_symbol)
+        x, self.clipped_share = scale_rows(rows, self.scaler, out)
+        self.x = torch.from_numpy(x)  # (R, F)
         self.starts = torch.from_numpy(first_rows(rows))
         self.y, self.row = (torch.tensor(self.samples[k].to_numpy(v)) for k, v in (("y", np.float32), ("row", np.int64)))
         self.index = {k: torch.tensor(np.flatnonzero(self.samples["split"] == k)) for k in SPLITS}
@@ -103,20 +108,33 @@ def describe(dataset: FinancialDataset) -> pd.DataFrame:
 FinancialDataset._repr_html_ = lambda self: describe(self).to_html()
 
 # %% ../nbs/15_dataset.ipynb #18ad9070
-PRICES = ("Open", "High", "Low", "Close", "Volume")
+PRICES = ("Open", "High", "Low", "Close", "Volume", "Peers")  # What is no feature
 
 
 def rows_from_frame(
     symbol: str,
     frame: pd.DataFrame,  # A SYMBOL.dataset.TIER frame: features, then forward-adjusted prices
     task: Task,
+    is_member: np.ndarray | None = None,  # (n,) bool, whether the symbol counts; None: always
 ) -> tuple[SymbolRows, tuple[str, ...]]:  # Rows and the names of the features
     "Take features and labels out of a dataset frame. Labels come from its prices, which nothing has scaled."
     names = tuple(c for c in frame.columns if c not in PRICES)
-    x, y = frame[list(names)].to_numpy(np.float32), task.labels(frame[list(PRICES)]).to_numpy(np.float64)
-    return SymbolRows(symbol, pd.DatetimeIndex(frame.index), x, y), names
+    x, y = frame[list(names)].to_numpy(np.float32), task.labels(frame.filter(PRICES)).to_numpy(np.float64)
+    return SymbolRows(symbol, pd.DatetimeIndex(frame.index), x, y, is_member), names
 
 # %% ../nbs/15_dataset.ipynb #45ed58c3
+def frame_reader(
+    config: ExperimentConfig,
+    data_dir: Path | str,
+    frames: dict[str, pd.DataFrame] | None,  # Already loaded, by symbol; None: on the disk
+) -> tuple[Callable[[str], pd.DataFrame], int]:  # symbol → frame; rows of all symbols
+    "Return how to get the frame of a symbol, and how many rows there will be."
+    if frames is not None:
+        return frames.__getitem__, sum(len(frames[s]) for s in config.symbols)
+    entries, ids = read_entries(data_dir), dict(zip(config.symbols, config.dataset, strict=True))
+    return lambda s: load_frame(data_dir, ids[s], entries=entries), sum(pick(entries, name)["n_rows"] for name in config.dataset)
+
+# %% ../nbs/15_dataset.ipynb #592d7481
 def load_dataset(
     config: ExperimentConfig,
     data_dir: Path | str = "data",
@@ -124,16 +142,24 @@ def load_dataset(
     is_checked: bool = True,
     frames: dict[str, pd.DataFrame] | None = None,  # Already loaded, by symbol; None: load them
 ) -> FinancialDataset:
-    "Load the registered data of an experiment."
-    task, rows, names = Task(config.task, horizon=config.horizon), [], None
-    for name, symbol in zip(config.dataset, config.symbols, strict=True):
-        item, found = rows_from_frame(symbol, load_frame(data_dir, name) if frames is None else frames[symbol], task)
+    "Load the registered data of an experiment, one symbol after the other."
+    task, counts, (read, n_rows) = Task(config.task, horizon=config.horizon), membership(config.panel), frame_reader(config, data_dir, frames)
+    rows, names, x, start, peers = [], None, None, 0, {}
+    if "Peers" in task.needs:
+        peers = peer_returns({s: read(s)["Close"] for s in config.symbols}, config.horizon, config.panel)
+    for symbol in config.symbols:
+        frame = read(symbol)
+        frame = frame.assign(Peers=peers[symbol]) if peers else frame
+        item, found = rows_from_frame(symbol, frame, task, counts(symbol, frame.index))
         if names not in (None, found):
             rule = "all symbols must have the same features in one order"
-            raise InputError(rule, f"{', '.join(found)} for {name}", "Build them again, in one tier.")
-        names = found
-        rows.append(item)
-    return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked)
+            raise InputError(rule, f"{', '.join(found)} for {symbol}.dataset.{config.tier}", "Build them again, in one tier.")
+        names, x = found, np.empty((n_rows, len(found)), np.float32) if x is None else x
+        x[start : start + len(frame)] = item.x  # each frame goes as soon as its rows are copied
+        rows.append(replace(item, x=x[start : start + len(frame)]))
+        start += len(frame)
+    own = config.panel.scaler == "per_symbol"
+    return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked, own, out=x)
 
 # %% ../nbs/15_dataset.ipynb #6a7febe5
 def from_arrays(

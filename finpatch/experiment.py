@@ -14,6 +14,7 @@ from pathlib import Path
 from .config import check_range, load_config
 from .core import InputError, nearest
 from .model_config import check_field
+from .panel import PanelConfig
 from .targets import Task
 from .thermal_config import ThermalConfig
 
@@ -129,6 +130,7 @@ class ExperimentConfig:
     splits: SplitsConfig
     optim: OptimConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    panel: PanelConfig = field(default_factory=PanelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     thermal: ThermalConfig | None = field(default_factory=ThermalConfig)  # None: the temperature is not watched
     wandb_project: str | None = None  # Weights & Biases project; None: not tracked there
@@ -139,6 +141,9 @@ class ExperimentConfig:
         check_range("seed", self.seed, 0, 2**32 - 1)
         check_range("context_length", self.context_length, self.model.patch_length, self.splits.max_context)
         check_tiers(self.dataset)
+        if "Peers" in Task(self.task).needs and len(self.dataset) < self.panel.min_symbols:
+            found = f"{len(self.dataset)} for `panel.min_symbols: {self.panel.min_symbols}`"
+            raise InputError(f"`{self.task}` compares the symbols of a panel", found, "Name more datasets, or lower `panel.min_symbols`.")
         for name in ("wandb_project", "mlflow_experiment"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise InputError(f"`{name}` must be a name or null", repr(value), "Name it, or leave the line out.")

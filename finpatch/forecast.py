@@ -44,7 +44,7 @@ def predict(
     for name, (symbol, frame) in zip(run.config.dataset, load_frames(run.config, data_dir).items(), strict=True):
         names = tuple(c for c in frame.columns if c not in PRICES)
         check_features(run, names, made[name], trained_code(run, name))
-        x = torch.from_numpy(run.scaler(frame[list(names)].to_numpy(np.float32)))  # (R, F)
+        x = torch.from_numpy(run.scaler.of(symbol)(frame[list(names)].to_numpy(np.float32)))  # (R, F)
         parts.append(predict_frame(run, symbol, frame.index, x, asof))
     return pd.concat(parts, ignore_index=True)
 

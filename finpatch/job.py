@@ -21,10 +21,13 @@ from .core import InputError, atomic_path
 from .dataset import FinancialDataset
 from .device import peak_mem_gib, seed_everything
 from .economics import DIRECTIONAL, economics
+from .entries import pick, read_entries
 from .evaluate import evaluate_predictions, record_look, span_digest
 from .experiment import ExperimentConfig
 from .interval import MIN_VALUES
-from .manifest import lineage, load_frame, verify
+from .lineage import walk
+from .manifest import load_frame, verify
+from .panel import add_peers
 from .patchtst import PatchTST, PatchTSTConfig
 from .record import digest_files, weights_sha256
 from .targets import Task
@@ -38,7 +41,8 @@ def check_lineage(
     data_dir: Path | str,
 ) -> list[dict]:  # Manifest entries of the data and all their ancestors
     "Verify the data folder; raise `InputError` on the first finding."
-    entries = [e for name in config.dataset for e in lineage(data_dir, name)]
+    known = read_entries(data_dir)
+    entries = walk(known, [pick(known, name) for name in config.dataset])
     needed = {e["path"] for e in entries}
     for finding in verify(data_dir):
         if finding["problem"] == "not_built" and finding["path"] not in needed:
@@ -89,8 +93,9 @@ def predict_samples(
 
 # %% ../nbs/41b_job.ipynb #cd5c4677
 def load_frames(config: ExperimentConfig, data_dir: Path | str) -> dict[str, pd.DataFrame]:
-    "Load the dataset frames of an experiment by symbol."
-    return {s: load_frame(data_dir, n) for s, n in zip(config.symbols, config.dataset, strict=True)}
+    "Load the dataset frames of an experiment by symbol, with `Peers` where the task compares symbols."
+    frames = {s: load_frame(data_dir, n) for s, n in zip(config.symbols, config.dataset, strict=True)}
+    return add_peers(frames, config.horizon, config.panel) if "Peers" in Task(config.task).needs else frames
 
 
 def judge(

@@ -238,9 +238,10 @@ def load_frame(
     data_dir: Path | str,  # The data folder
     dataset_id: str,  # e.g. "SP500.dataset.a20"
     version: int | None = None,  # The newest if None
+    entries: list[dict] | None = None,  # Those of the folder, read once for many datasets; None: read them
 ) -> pd.DataFrame:  # Columns over the index `session`, nanoseconds, without time zone
     "Read a registered dataset, refusing content that is not the registered one."
-    entry = find_entry(data_dir, dataset_id, version)
+    entry = find_entry(data_dir, dataset_id, version) if entries is None else pick(entries, dataset_id, version)
     path = Path(data_dir) / entry["path"]
     command = f"finpatch data {'build' if 'parents' in entry else 'fetch'} {dataset_id.rsplit('.', 2)[0]}"
     if not path.is_file():

@@ -27,6 +27,7 @@ from .cost import flops_per_sample
 from .experiment import ComputeConfig, ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig
 from .folds import FoldsConfig, common_sessions, make_folds
 from .model_config import PatchTSTConfig
+from .panel import PanelConfig
 from .rates import RatesConfig, best_rate, next_rates
 from .targets import Task
 from .thermal_config import ThermalConfig
@@ -78,6 +79,7 @@ class StudyConfig:
     folds: FoldsConfig
     optim: OptimConfig  # `lr` is the middle of the grid; `patience` ends every cell, `epochs` caps it
     model: ModelConfig = field(default_factory=ModelConfig)
+    panel: PanelConfig = field(default_factory=PanelConfig)
     rates: RatesConfig | None = field(default_factory=RatesConfig)  # None: every budget uses `optim.lr`
     effect: EffectConfig = field(default_factory=EffectConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -130,7 +132,7 @@ class Plan:
     def experiment(self, question: Question, splits: SplitsConfig, seed: int, lr: float) -> ExperimentConfig:
         "Return the config of one run."
         what = {"task": question.task, "horizon": question.horizon, "context_length": question.context_length}
-        how = {k: getattr(self.config, k) for k in ("model", "compute", "thermal")}
+        how = {k: getattr(self.config, k) for k in ("model", "panel", "compute", "thermal")}
         how["optim"] = replace(self.config.optim, lr=lr)
         return ExperimentConfig(seed=seed, dataset=self.dataset(question), splits=splits, **what, **how)
 

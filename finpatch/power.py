@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DISAGREEMENT', 'SURE', 'AUC', 'YEAR', 'BUDGETS', 'DELTAS', 'pair_difference', 'slope_difference', 'auc_of_skill',
            'skill_of_auc', 'power', 'power_sentence', 'Asked', 'questions_of', 'study_questions', 'built_frames',
-           'split_spans', 'test_days', 'calendar_days', 'core_sizes', 'answer_question', 'power_text']
+           'split_spans', 'effective_symbols', 'test_days', 'calendar_days', 'core_sizes', 'answer_question',
+           'power_text']
 
 # %% ../nbs/44d_power.ipynb #da39ed77
 import math
@@ -27,6 +28,7 @@ from .experiment import ExperimentConfig, ModelConfig, SplitsConfig, load_experi
 from .features import BAR_COLUMNS, feature_names
 from .folds import FoldsConfig, common_sessions, make_folds
 from .manifest import load_frame
+from .panel import PanelConfig, add_peers
 from .samples import split_origins
 from .targets import Task
 
@@ -121,6 +123,7 @@ class Asked(NamedTuple):
     max_context: int  # Longest context of the study
     budgets: tuple[str, ...]
     delta: float
+    panel: PanelConfig = PanelConfig()
 
     @property
     def kind(self) -> str:  # binary | real
@@ -143,7 +146,7 @@ def questions_of(
         return study_questions(name, budgets)
     c = load_experiment_config(name)
     kind, chosen = Task(c.task, c.horizon).kind, tuple(budgets or BUDGETS)
-    return [Asked(c.task, c.horizon, c.context_length, c.symbols, c.tier, c.model, c.splits, c.splits.max_context, chosen, DELTAS[kind])]
+    return [Asked(c.task, c.horizon, c.context_length, c.symbols, c.tier, c.model, c.splits, c.splits.max_context, chosen, DELTAS[kind], c.panel)]
 
 
 def study_questions(name: str | Path, budgets: Sequence[str] | None) -> list[Asked]:
@@ -154,7 +157,7 @@ def study_questions(name: str | Path, budgets: Sequence[str] | None) -> list[Ask
     for q in questions(c):
         delta = c.effect.nats if Task(q.task, q.horizon).kind == "binary" else c.effect.r2
         what = (q.task, q.horizon, q.context_length, c.symbols, q.tier, c.model, c.folds, max(c.axes.contexts))
-        asked.append(Asked(*what, tuple(budgets or c.axes.budgets), delta))
+        asked.append(Asked(*what, tuple(budgets or c.axes.budgets), delta, c.panel))
     return asked
 
 # %% ../nbs/44d_power.ipynb #b78e13f5
@@ -164,7 +167,8 @@ def built_frames(asked: Asked, data_dir: Path | str) -> dict[str, pd.DataFrame] 
     known = {e["dataset_id"]: Path(data_dir) / e["path"] for e in read_entries(data_dir)}
     if not all(n in known and known[n].is_file() for n in names.values()):
         return None
-    return {s: load_frame(data_dir, n) for s, n in names.items()}
+    frames = {s: load_frame(data_dir, n) for s, n in names.items()}
+    return add_peers(frames, asked.horizon, asked.panel) if "Peers" in Task(asked.task).needs else frames
 
 
 def split_spans(asked: Asked, frames: dict[str, pd.DataFrame]) -> tuple[SplitsConfig, ...]:
@@ -174,20 +178,28 @@ def split_spans(asked: Asked, frames: dict[str, pd.DataFrame]) -> tuple[SplitsCo
     return make_folds(common_sessions(frames), asked.spans, asked.max_context)
 
 # %% ../nbs/44d_power.ipynb #a4046f2f
+def effective_symbols(
+    labels: pd.DataFrame,  # Sessions × symbols, NaN where there is none
+) -> float:  # Between 1 and the number of symbols
+    "Say how many independent series a panel's labels are worth in the mean of a session."
+    own, together = labels.var(ddof=0).mean(), labels.mean(axis=1).var(ddof=0)
+    return float(np.clip(own / max(together, 1e-12), 1, labels.shape[1]))
+
+
 def test_days(
     asked: Asked,
     frames: dict[str, pd.DataFrame],  # Symbol to its dataset
-) -> tuple[int, float]:  # Test sessions; base rate before them, one half for numbers
-    "Count the sessions on which a forecast is judged, and average the labels before them."
-    task, sessions, labels = Task(asked.task, asked.horizon), set(), []
+) -> tuple[int, float, float]:  # Test sessions; base rate before them, one half for numbers; effective symbols
+    "Count the sessions on which a forecast is judged, and describe the labels before them."
+    task, sessions, labels = Task(asked.task, asked.horizon), set(), {}
     spans = split_spans(asked, frames)
-    for frame in frames.values():
+    for symbol, frame in frames.items():
         origins = [split_origins(frame.index, s, asked.horizon) for s in spans]
         sessions |= {t for o in origins for t in frame.index[o["test"]]}
-        y = task.labels(frame[list(BAR_COLUMNS)]).to_numpy()
-        labels.append(y[np.concatenate([origins[0]["train"], origins[0]["val"]])])
-    share = float(np.nanmean(np.concatenate(labels))) if asked.kind == "binary" else 0.5
-    return len(sessions), share
+        y = task.labels(frame.filter([*BAR_COLUMNS, "Peers"]))
+        labels[symbol] = y.iloc[np.concatenate([origins[0]["train"], origins[0]["val"]])]
+    share = float(np.nanmean(np.concatenate(list(labels.values())))) if asked.kind == "binary" else 0.5
+    return len(sessions), share, effective_symbols(pd.DataFrame(labels))
 
 
 test_days.__test__ = False  # a day of test is no test for pytest
@@ -210,9 +222,10 @@ def core_sizes(asked: Asked, n_features: int) -> list[int]:
 def answer_question(asked: Asked, data_dir: Path | str = "data") -> dict[str, object]:  # As `power`, with what was asked
     "Say what the test span of a question could show."
     frames = built_frames(asked, data_dir)
-    n_days, share = test_days(asked, frames) if frames else (calendar_days(asked), 0.5)
-    n_features = len(feature_names(asked.tier)) if frames is None else len(next(iter(frames.values())).columns) - len(BAR_COLUMNS)
-    found = power(n_days, core_sizes(asked, n_features), asked.horizon, asked.kind, share, asked.delta)
+    n_days, share, n_effective = test_days(asked, frames) if frames else (calendar_days(asked), 0.5, 1.0)
+    n_features = len(feature_names(asked.tier)) if frames is None else len(next(iter(frames.values())).columns.difference([*BAR_COLUMNS, "Peers"]))
+    found = power(n_days, core_sizes(asked, n_features), asked.horizon, asked.kind, share, asked.delta, DISAGREEMENT / math.sqrt(n_effective))
+    found |= {"n_effective": n_effective}
     head = {"task": asked.task, "tier": asked.tier, "context_length": asked.context_length, "symbols": list(asked.symbols)}
     return head | found | {"budgets": list(asked.budgets), "counted_on": "data" if frames else "calendar"}
 
@@ -221,7 +234,9 @@ def power_text(found: dict) -> str:  # Lines for a terminal
     "Write what a span could show."
     is_binary = found["kind"] == "binary"
     where = "as built" if found["counted_on"] == "data" else "not built: sessions counted on the calendar" + ", base rate 0.5 assumed" * is_binary
-    title = f"{found['task']}.h{found['horizon']} on {', '.join(found['symbols'])} {found['tier']} ({where})"
+    several = len(found["symbols"]) > 1
+    names = f"{len(found['symbols'])} symbols, worth {found['n_effective']:.1f} on this label," if several else found["symbols"][0]
+    title = f"{found['task']}.h{found['horizon']} on {names} {found['tier']} ({where})"
     rate = f", base rate {found['share']:.3f}" if is_binary else ""
     lines = [title, f"n = {found['n_days']:,} test sessions, n/h = {found['n_spans']:,}{rate}; budgets {', '.join(found['budgets'])}"]
     for k, text in (("pair", "difference of two budgets"), ("slope", "slope per tenfold parameters")):

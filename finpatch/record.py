@@ -30,6 +30,7 @@ from .dataset import FinancialDataset, n_windows
 from .device import describe_machine
 from .experiment import ExperimentConfig
 from .features import code_sha256
+from .panel import universe_digest
 from .patchtst import PatchTST
 
 log = logging.getLogger("finpatch")
@@ -104,7 +105,8 @@ def make_record(
         "n_windows": n_windows(dataset),
         "micro_batch_size": min(micro_batch_size or config.optim.global_batch_size, config.optim.global_batch_size),
         "clipped_share": dataset.clipped_share,
-        "scaler": {k: np.asarray(v).tolist() for k, v in vars(dataset.scaler).items() if k != "names"},
+        "scaler": {k: np.asarray(v).tolist() for k, v in vars(dataset.scaler).items() if k != "names" and np.size(v)},
+        "universe": universe_digest(config.panel),
         "lineage": entries,
         "versions": {p: read_version(p) for p in PACKAGES},
         "commit": read_commit(),
@@ -128,7 +130,7 @@ def recorded(run_dir: Path, config: ExperimentConfig, record: dict) -> Iterator[
     write_json(run_dir / "run.json", record | outcome | {"ended_utc": utc_now()})
 
 # %% ../nbs/41a_record.ipynb #8c5b30a6
-SAME = ("config", "budget", "model", "feature_names", "code_sha256", "scaler", "micro_batch_size", "lineage")
+SAME = ("config", "budget", "model", "feature_names", "code_sha256", "scaler", "universe", "micro_batch_size", "lineage")
 
 
 def comparable(record: dict) -> dict:

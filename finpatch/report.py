@@ -22,7 +22,7 @@ from .figures import draw_curves, draw_difference, draw_folds, draw_ladder, draw
 from .interval import mean_interval
 from .metrics import by_year
 from .page import figure_html, key_html, keys_html, page_html, say, table_html
-from .stored import Stored, cell_rows, label_scale, lineage_rows, of_question, question_losses, read_stored, seen
+from .stored import Stored, cell_rows, label_scale, lineage_rows, of_question, panel_words, question_losses, read_stored, seen
 from .table import cell
 from .thermal_config import ThermalConfig
 from .thermal_trace import draw_heat
@@ -179,6 +179,7 @@ def slope_frame(asked: list[dict]) -> pd.DataFrame:  # question, slope, p, p, Ho
 def summary(stored: Stored) -> list[str]:
     "Say first what the data can show, then what the verdicts are."
     asked, body = stored.verdict["questions"], ["<h2>What this data can show</h2>"]
+    body += [say(words, True)] if (words := panel_words(stored)) else []
     for said in asked:
         power = seen(stored, said)
         text = power["sentence"] if power else "Fewer than two whole sizes or seeds: nothing can be said of sizes."

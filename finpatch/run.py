@@ -219,7 +219,8 @@ def load_run(
     is_fused = record.get("effective", {}).get("is_fused", True)
     model = load_weights(PatchTST(PatchTSTConfig(**record["model"]), is_fused), run_dir / "best.safetensors").eval()
     mean, std = (np.array(record["scaler"][k]) for k in ("mean", "std"))
-    scaler = Scaler(tuple(record["feature_names"]), mean, std, record["scaler"]["clip"])
+    own = tuple(record["scaler"].get("symbols", ()))
+    scaler = Scaler(tuple(record["feature_names"]), mean, std, record["scaler"]["clip"], own)
     dataset = None if data_dir is None else load_dataset(config, data_dir, scaler)
     return Run(run_dir, config, record, model, scaler, Task(config.task, horizon=config.horizon), dataset)
 

@@ -69,13 +69,14 @@ def question_lines(said: dict) -> list[str]:  # Lines for a terminal
 
 def opening_lines(study_dir: Path, questions: list[dict]) -> list[str]:
     "Say first what the test span of each question could show."
-    from finpatch.stored import read_stored, seen
+    from finpatch.stored import panel_words, read_stored, seen
 
     if not (study_dir / "losses.parquet").is_file():
         return []
     stored = read_stored(study_dir)
     found = [(q, seen(stored, q)) for q in questions]
-    return [f"{q['task']}.h{q['horizon']} on {q['tier']}: {power['sentence']}" for q, power in found if power] + [""]
+    head = [words] if (words := panel_words(stored)) else []
+    return head + [f"{q['task']}.h{q['horizon']} on {q['tier']}: {power['sentence']}" for q, power in found if power] + [""]
 
 
 def page_of(study_dir: Path) -> str | None:  # Path of report.html

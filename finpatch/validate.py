@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIX', 'CHECKS', 'ACCEPTABLE', 'N_DATES', 'PRICES', 'COLUMNS', 'RTOL', 'JUMP', 'NEAR', 'SPLITS', 'STALE_SHARE',
-           'Check', 'Finding', 'make_finding', 'find_columns', 'find_index', 'find_form', 'is_within', 'find_values',
-           'find_sessions', 'split_name', 'find_jumps', 'stale_opens', 'find_habits', 'validate_ohlcv', 'check_accept',
-           'refuse_unaccepted']
+           'Check', 'Finding', 'make_finding', 'has_closes_only', 'find_columns', 'find_index', 'find_form',
+           'is_within', 'find_values', 'find_sessions', 'split_name', 'find_jumps', 'stale_opens', 'find_habits',
+           'validate_ohlcv', 'check_accept', 'refuse_unaccepted']
 
 # %% ../nbs/10c_validate.ipynb #2c2084e6
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Check(NamedTuple):
 FIX = "Correct the file, or fetch from another source."
 CHECKS = {
     "empty": Check("bars must have at least one row", "Widen `start` and `end`, or check the symbol."),
-    "columns": Check("bars must have exactly Open, High, Low, Close, Volume and perhaps Adj Close", "Rename or add the columns."),
+    "columns": Check("bars must have exactly Open, High, Low, Close, Volume, or Close alone, and perhaps Adj Close", "Rename or add the columns."),
     "dtypes": Check("every column must hold real numbers", "Convert the column; look for units, thousands marks or text in it."),
     "index": Check("the index must be dates at midnight without a time zone", "Use `tz_localize(None)` and `normalize()`; do not convert to UTC."),
     "order": Check("sessions must be in order, oldest first", "Sort the rows by date."),
@@ -85,10 +85,16 @@ def make_finding(
 PRICES = ["Open", "High", "Low", "Close"]
 COLUMNS = [*PRICES, "Adj Close", "Volume"]
 
+
+def has_closes_only(columns: Iterable[str]) -> bool:
+    "Tell whether a table has closes and nothing else of a bar."
+    return set(columns) & {*PRICES, "Volume"} == {"Close"}
+
 # %% ../nbs/10c_validate.ipynb #873239eb
 def find_columns(bars: pd.DataFrame) -> list[Finding]:
     "Check the names of the columns, and that there is a row."
-    missing = [name for name in COLUMNS if name not in [*bars.columns, "Adj Close"]]
+    wanted = ["Close"] if has_closes_only(bars) else COLUMNS
+    missing = [name for name in wanted if name not in [*bars.columns, "Adj Close"]]
     extra = [str(name) for name in bars.columns if name not in COLUMNS or list(bars.columns).count(name) > 1]
     if missing or extra:
         return [make_finding("columns", detail=f"missing {missing}, unexpected {extra}", n=len(missing + extra))]
@@ -117,6 +123,8 @@ RTOL = 1e-6
 
 def is_within(bars: pd.DataFrame) -> pd.Series:  # bool per session; a NaN counts as within
     "Tell where every price lies between Low and High."
+    if has_closes_only(bars):
+        return pd.Series(True, index=bars.index)
     low, high = bars["Low"] - RTOL * bars["Low"].abs(), bars["High"] + RTOL * bars["High"].abs()
     return ~(bars[PRICES].lt(low, axis=0) | bars[PRICES].gt(high, axis=0)).any(axis=1)
 
@@ -124,7 +132,7 @@ def is_within(bars: pd.DataFrame) -> pd.Series:  # bool per session; a NaN count
 def find_values(bars: pd.DataFrame) -> list[Finding]:
     "Check order, duplicates, finiteness, sign and range."
     index, values = bars.index, bars.to_numpy(np.float64)
-    null = bars[PRICES].isna().all(axis=1).to_numpy()
+    null = bars.filter(PRICES).isna().all(axis=1).to_numpy()
     holes = ~np.isfinite(values) & ~null[:, None]
     rows = {
         "order": np.r_[False, index[1:] < index[:-1]],
@@ -132,7 +140,7 @@ def find_values(bars: pd.DataFrame) -> list[Finding]:
         "null_bars": null,
         "not_finite": holes.any(axis=1),
         "nonpositive_prices": (values[:, bars.columns != "Volume"] <= 0).any(axis=1),
-        "negative_volume": bars["Volume"].to_numpy() < 0,
+        "negative_volume": (bars.filter(["Volume"]) < 0).any(axis=1).to_numpy(),
         "price_range": ~is_within(bars).to_numpy(),
     }
     detail = {"not_finite": "in " + ", ".join(bars.columns[holes.any(axis=0)])}
@@ -146,7 +154,7 @@ def find_sessions(
 ) -> list[Finding]:
     "Check the dates against the exchange calendar and the clock."
     days = bars.index.unique().sort_values()
-    priced = bars.index[bars[PRICES].notna().any(axis=1)]  # a day off without prices is only a null bar
+    priced = bars.index[bars.filter(PRICES).notna().any(axis=1)]  # a day off without prices is only a null bar
     due = sessions_between(calendar, days[0], days[-1])
     rows = {
         "unfinished_bar": unfinished(days, calendar, now),
@@ -191,6 +199,8 @@ def stale_opens(
 # %% ../nbs/10c_validate.ipynb #6e7abeba
 def find_habits(bars: pd.DataFrame) -> list[Finding]:
     "Warn of stale opens and of sessions without volume."
+    if has_closes_only(bars):
+        return []
     stale, idle, found = stale_opens(bars), bars["Volume"].eq(0), []
     if stale.mean() > STALE_SHARE:
         found.append(make_finding("stale_opens", bars.index[stale], f"{stale.mean():.0%} of all opens equal the previous close"))

@@ -62,7 +62,7 @@ def test_nothing_after_a_date_changes_a_forecast_at_or_before_it(task):
     rng = np.random.default_rng(9)
     later.iloc[cut + 1 :, :3] = rng.normal(size=(N - cut - 1, 3)).astype(np.float32)
     tail = later.index[cut + 1 :]
-    for name in NOT_FEATURES:
+    for name in later.columns.intersection(NOT_FEATURES):
         later.loc[tail, name] *= np.exp(np.random.default_rng(10).normal(0, 0.1, len(tail)))  # one factor a session
     later.loc[tail, "High"] *= np.exp(rng.random(len(tail)))
     plain, corrupt = (predictions_of(task, b, make_rows(task, b)) for b in (bars, later))
@@ -128,23 +128,38 @@ def test_the_window_finds_what_an_earlier_row_holds():
     assert {name: settings[0]["n_trials"] for name, settings in chosen.items()} == dict.fromkeys(chosen, 5)
 
 
-def test_every_tuned_baseline_gets_as_many_trials_as_asked_and_says_what_it_chose():
-    """For each symbol and fold by itself; numbers have DLinear and, for the range, HAR beside them."""
-    bars = {"A": make_bars(1), "B": make_bars(2)}
+@pytest.mark.parametrize("names", ["A", "AB"])
+def test_every_tuned_baseline_gets_as_many_trials_as_asked_and_says_what_it_chose(names):
+    """The symbols of a panel are fitted as one; numbers have HAR for the range, and DLinear where there is one series."""
+    bars = {name: make_bars(seed) for seed, name in enumerate(names, 1)}
     task = Task("log_range")
     panel = pd.concat([make_rows(task, own, symbol) for symbol, own in bars.items()], ignore_index=True)
     made, chosen = tuned_baselines(task, bars, panel, context_length=8, n_trials=2)
-    tuned = {"last_row": "C", "window": "C", "boosting": "lr", "boosting_window": "lr", "dlinear": "lr"}
+    tuned = {"last_row": "C", "window": "C", "boosting": "lr", "boosting_window": "lr"}
+    tuned |= {"dlinear": "lr"} if names == "A" else {}
     assert set(made) == {"prior", "climatology", "volatility", "har", *tuned}
     assert set(chosen) == set(tuned)
     val = panel["split"] == "val"
     for name, key in tuned.items():
-        assert [(s["fold"], s["symbol"], s["n_trials"]) for s in chosen[name]] == [(0, "A", 2), (0, "B", 2)]
-        for setting in chosen[name]:
-            assert setting[key] > 0
-            own = val & (panel["symbol"] == setting["symbol"])
-            told = losses(panel["y"][own].to_numpy(), made[name][own].to_numpy(), False).mean()
-            assert setting["val_loss"] == pytest.approx(told, rel=1e-9)
+        (setting,) = chosen[name]
+        assert (setting["fold"], setting["symbol"], setting["n_trials"]) == (0, "A" if names == "A" else "", 2)
+        assert setting[key] > 0
+        told = losses(panel["y"][val].to_numpy(), made[name][val].to_numpy(), False).mean()
+        assert setting["val_loss"] == pytest.approx(told, rel=1e-9)
+
+
+def test_a_panel_teaches_each_symbol_what_the_others_know():
+    """Fitted as one: what holds for A is forecast for B, which has no training rows of its own and whose prior is A's."""
+    bars, task = {"A": make_bars(1, memory=0.6), "B": make_bars(2, memory=0.6)}, Task("direction")
+    a, b = (make_rows(task, own, symbol) for symbol, own in bars.items())
+    panel = pd.concat([a, b[b["split"] != "train"]], ignore_index=True)
+    made = predictions_of(task, bars, panel)
+    is_b = (panel["symbol"] == "B").to_numpy()
+    assert made["prior"][is_b].nunique() == 1 and made["prior"][is_b].iloc[0] == made["prior"][~is_b].iloc[0]
+    y = panel["y"].to_numpy()
+    assert losses(y, made["last_row"].to_numpy(), True)[is_b].mean() < 0.62
+    alone = predictions_of(task, {"A": bars["A"]}, a)
+    pd.testing.assert_series_equal(made["volatility"][~is_b], alone["volatility"], check_index=False, rtol=1e-9)
 
 
 def digest_of_all():
@@ -189,19 +204,22 @@ def test_volatility_is_the_same_whether_the_tier_has_it_or_not():
     assert without[scored].notna().all()
 
 
-def test_every_symbol_and_fold_by_itself():
-    task, bars = Task("direction"), {"A": make_bars(1, memory=0.4), "B": make_bars(2, memory=-0.4)}
+def test_every_fold_by_itself_and_every_symbol_with_a_prior_of_its_own():
+    task, bars = Task("direction"), {"A": make_bars(1, memory=0.4), "B": make_bars(2, memory=0.4)}
     parts = {symbol: make_rows(task, own, symbol) for symbol, own in bars.items()}
     panel = pd.concat(parts.values()).sort_values(["origin", "symbol"]).reset_index(drop=True)
     together = predictions_of(task, bars, panel)
     folds = pd.concat([panel.assign(fold=0), panel.assign(fold=1)], ignore_index=True)
     twice = predictions_of(task, bars, folds)
+    for name, p in together.items():
+        np.testing.assert_array_equal(twice[name][: len(panel)], p, err_msg=name)
+        np.testing.assert_array_equal(twice[name][len(panel) :], p, err_msg=name)
     for symbol, rows in parts.items():
         alone = predictions_of(task, bars[symbol], rows)
         mine = (panel["symbol"] == symbol).to_numpy()
-        for name, p in alone.items():
-            np.testing.assert_array_equal(together[name][mine], p, err_msg=f"{symbol} {name}")
-            np.testing.assert_array_equal(twice[name][len(panel) :][mine], p, err_msg=f"{symbol} {name}")
+        for name in ("prior", "climatology"):
+            np.testing.assert_array_equal(together[name][mine], alone[name], err_msg=f"{symbol} {name}")
+        assert not np.array_equal(together["last_row"][mine], alone["last_row"])
     assert evaluate_predictions(panel.assign(p=together["last_row"]), 1, together)["spans"]["test"]["n_sessions"] == 349
 
 

@@ -18,7 +18,7 @@ from finpatch.checkpoint import Checkpoint
 from finpatch.compute import recompute, set_up
 from finpatch.config import dump_yaml, load_yaml, parse_config, plain
 from finpatch.core import HardwareError, InputError, NotFoundError, read_json
-from finpatch.dataset import FinancialDataset, SymbolRows
+from finpatch.dataset import FinancialDataset, SymbolRows, load_dataset
 from finpatch.experiment import (
     ComputeConfig,
     ExperimentConfig,
@@ -27,6 +27,7 @@ from finpatch.experiment import (
     SplitsConfig,
     load_experiment_config,
 )
+from finpatch.panel import PanelConfig
 from finpatch.run import make_model, override, resume_run, train_run
 from finpatch.sensors import Reading
 from finpatch.targets import Task
@@ -94,6 +95,7 @@ HEAT = {
     "thermal.stop_after_s": 60.0,
     "thermal.required": True,
 }
+PANEL = {"panel.scaler": "per_symbol", "panel.universe": "a file with spans", "panel.min_symbols": 3}
 TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
 
@@ -175,6 +177,18 @@ def heat_outcome(config: ThermalConfig) -> list:
     return list(heat.trace.rows)
 
 
+def panel_outcome(config: ExperimentConfig) -> tuple:
+    "Return samples, labels and scaled rows of three symbols, of which one is listed late and trades on fewer days."
+    rng, frames = np.random.default_rng(0), {}
+    for i, symbol in enumerate(config.symbols):
+        days = DAYS[i * 40 :][rng.random(len(DAYS) - i * 40) < 1 - 0.1 * i]
+        close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, len(days))))
+        features = rng.normal(i, 1 + i, size=(len(days), 3)).astype(np.float32)
+        frames[symbol] = pd.DataFrame(features, index=days, columns=list("abc")).assign(Close=close)
+    data = load_dataset(config, frames=frames, is_checked=False)
+    return len(data.samples), data.samples["y"].sum(), data.x.sum().item()
+
+
 def all_fields() -> set[str]:
     names = set()
     for f in dataclasses.fields(ExperimentConfig):
@@ -190,7 +204,7 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(HEAT) | set(TRACKED) | {"dataset"}  # dataset: test_integration
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | {"dataset"}  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):
@@ -215,6 +229,18 @@ def test_changing_a_field_of_the_heat_changes_what_becomes_of_a_step(key):
             heat_outcome(changed_config)
     else:
         assert heat_outcome(changed_config) != heat_outcome(BASE.thermal)
+
+
+@pytest.mark.parametrize("key", PANEL)
+def test_changing_a_field_of_the_panel_changes_its_samples_labels_or_rows(key, tmp_path):
+    names = tuple(f"{s}.dataset.c12" for s in "ABC")
+    base = dataclasses.replace(BASE, task="excess", dataset=names, panel=PanelConfig(min_symbols=2))
+    value = PANEL[key]
+    if key == "panel.universe":
+        (tmp_path / "own.csv").write_text(f"symbol,from,to\nA,,\nB,{DAYS[300].date()},{DAYS[700].date()}\nC,,\n")
+        value = str(tmp_path / "own.csv")
+    assert panel_outcome(changed(base, key, value)) != panel_outcome(base)
+    assert panel_outcome(base) == panel_outcome(base)
 
 
 class Caught(Exception):

@@ -12,9 +12,11 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +29,18 @@ from finpatch import cell as cell_module
 from finpatch import scaling
 from finpatch.cell import CODE, Cell, Source, cell_key, limited_threads, run_cell
 from finpatch.cli import main
+from finpatch.collect import build_many, fetch_universe
 from finpatch.config import dump_yaml
 from finpatch.core import InputError, read_json
 from finpatch.experiment import ComputeConfig
 from finpatch.folds import FoldsConfig
+from finpatch.panel import PanelConfig
 from finpatch.plan import AxesConfig, EffectConfig, Plan, StudyConfig, known_cells, load_study_config, study_cells
 from finpatch.pool import CLOCK, judge_pool, pool_question
 from finpatch.rates import RatesConfig
 from finpatch.study import run_study
 from finpatch.thermal_config import ThermalConfig
+from finpatch.universe import load_universe
 from finpatch.work import Results
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
@@ -155,6 +160,8 @@ def outcome(config, source):
     return sorted(keys), config.effect
 
 
+UNIVERSE = Path(tempfile.mkdtemp()) / "own.csv"
+UNIVERSE.write_text("symbol,from,to\nSP500,2003-01-02,\n")
 CHANGES = {
     "axes.budgets": ("2k", "5k"),
     "axes.n_seeds": 3,
@@ -184,10 +191,13 @@ CHANGES = {
     "optim.patience": 2,
     "model.dropout": 0.2,
     "model.stride": 4,
+    "panel.scaler": "per_symbol",
+    "panel.universe": str(UNIVERSE),
+    "panel.min_symbols": 5,
     "rates": None,
 }
 CLOCKWORK = {"compute.checkpoint_every_s": 5.0, "thermal": ThermalConfig(fair_c=60.0)}  # decide nothing but the clock
-OTHERS = {"symbols", "model", "optim", "axes", "folds", "effect", "compute"}  # owners of fields above; symbols: below
+OTHERS = {"symbols", "model", "optim", "panel", "axes", "folds", "effect", "compute"}  # owners of fields above; symbols: below
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -214,6 +224,7 @@ def test_every_field_of_a_study_is_listed():
         "rates": RatesConfig,
         "effect": EffectConfig,
         "compute": ComputeConfig,
+        "panel": PanelConfig,
     }
     names = {f"{k}.{f.name}" for k, owner in own.items() for f in dataclasses.fields(owner)}
     names |= {f.name for f in dataclasses.fields(StudyConfig)}
@@ -327,17 +338,29 @@ def test_learning_rates_are_chosen_on_validation_of_the_first_fold_by_seeds_of_t
 # As shipped
 
 
+def panel_data(universe, tiers, data_dir):
+    "Fetch and build a universe that comes with a package."
+    fetch_universe(load_universe(universe), data_dir=data_dir)
+    for tier in tiers:
+        assert set(build_many(load_universe(universe).symbols, tier, data_dir=data_dir)["status"]) == {"built"}
+    return data_dir
+
+
 @pytest.mark.parametrize(
     "name", sorted(p.stem for p in (Path(finpatch.__file__).parent / "configs/study").glob("*.yaml"))
 )
 def test_shipped_studies_have_a_model_for_each_cell(name, source, tmp_path):
     config = load_study_config(name)
+    if config.panel.universe:
+        if not find_spec(config.panel.universe):
+            pytest.skip(f"the extra `panel` is not installed: no {config.panel.universe}")
+        source = Source(panel_data(config.panel.universe, config.axes.tiers, tmp_path / "data"), "cpu")
     (tmp_path / "copy.yaml").write_text(dump_yaml(config))
     assert load_study_config(tmp_path / "copy.yaml") == config
     cells = list(known_cells(Plan(config, source), lambda c: None, is_expected=True))
     assert not any("refused" in source.effective(c).get("model", {}) for c in cells)
     n = len(config.axes.budgets) * len(config.axes.tasks) * len(config.axes.tiers)
-    assert sum(c.role == "study" for c in cells) == n * 4 * 3 and sum(c.role == "search" for c in cells) == n * 5
+    assert sum(c.role == "study" for c in cells) == n * config.folds.n_folds * 3 and sum(c.role == "search" for c in cells) == n * 5
 
 
 def test_the_command_estimates_before_it_trains(raw6_dir, tmp_path, capsys):

@@ -22,13 +22,12 @@ from finpatch.dataset import (
     SymbolRows,
     load_dataset,
     rows_from_frame,
-    sample_table,
-    training_rows,
 )
 from finpatch.experiment import SplitsConfig, load_experiment_config
 from finpatch.features import compute_features
 from finpatch.market import load_ohlcv
 from finpatch.patchtst import PatchTST
+from finpatch.samples import sample_table, training_rows
 from finpatch.targets import Task
 
 SPLITS = SplitsConfig(train_end=date(2011, 12, 31), val_end=date(2015, 12, 31), test_end=date(2018, 12, 31))
@@ -127,7 +126,7 @@ def test_symbols_whose_features_stand_in_another_order_are_refused(bars, monkeyp
     frame = features.join(forward_adjust(bars).loc[features.index])
     other = frame[[*features.columns[::-1], *frame.columns[20:]]]
     frames = {"A.dataset.a20": frame, "B.dataset.a20": frame}
-    monkeypatch.setattr("finpatch.dataset.load_frame", lambda data_dir, name: frames[name])
+    monkeypatch.setattr("finpatch.dataset.frame_reader", lambda *_: (lambda s: frames[f"{s}.dataset.a20"], 2 * len(frame)))
     config = dataclasses.replace(load_experiment_config("sp500_direction"), dataset=tuple(frames))
     assert len(load_dataset(config).names) == 20
     frames["B.dataset.a20"] = other

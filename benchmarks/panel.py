@@ -1,0 +1,99 @@
+"""What a panel costs: 500 symbols × 8,000 sessions × 20 features, from registered files to training steps.
+
+Each size is loaded in a process of its own, so that its peak memory is its own. Files are made of random numbers and
+registered as any others are; the load verifies every one of them as it reads it.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+N_SESSIONS, N_FEATURES, SIZES = 8000, 20, (125, 250, 500)
+DAYS = pd.DatetimeIndex(pd.bdate_range("1990-01-01", periods=N_SESSIONS, name="session"))
+
+
+def names(n: int) -> tuple[str, ...]:
+    return tuple(f"S{i:03d}.dataset.noise" for i in range(n))
+
+
+def write(folder: Path, n: int) -> None:
+    "Write and register n symbols; all entries at once, since one by one would write the manifest n times."
+    from finpatch.core import file_digest, utc_now
+    from finpatch.digest import write_frame
+    from finpatch.entries import write_entries
+    from finpatch.manifest import describe
+
+    rng, entries = np.random.default_rng(0), []
+    for name in names(n):
+        close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, N_SESSIONS)))
+        x = rng.standard_normal((N_SESSIONS, N_FEATURES), dtype=np.float32)
+        frame = pd.DataFrame(x, index=DAYS, columns=[f"x{i}" for i in range(N_FEATURES)]).assign(Close=close)
+        path = folder / "processed" / f"{name}.v1.parquet"
+        write_frame(frame, path)
+        about = {"tier": "noise", "parents": [], "code_sha256": "0" * 64, "machine": "none"}
+        files = {"path": f"processed/{path.name}", "md5s": [file_digest(path, "md5")], "created_utc": utc_now()}
+        entries.append(describe(name, frame, about) | files)
+    write_entries(folder, "processed", entries)
+
+
+def config(n: int):
+    from finpatch.experiment import ExperimentConfig, ModelConfig, OptimConfig, SplitsConfig
+
+    ends = {"train_end": date(2010, 12, 31), "val_end": date(2014, 12, 31), "test_end": date(2020, 6, 30)}
+    splits, model = SplitsConfig(**ends, max_context=60), ModelConfig(patch_length=10, stride=10)
+    what = {"dataset": names(n), "task": "direction", "horizon": 1, "context_length": 60, "splits": splits, "model": model}
+    return ExperimentConfig(seed=0, optim=OptimConfig(lr=1e-3, global_batch_size=512), **what)
+
+
+def measure(folder: str, n: int) -> dict:
+    "Load, gather and train; return seconds and the peak of this process."
+    import torch
+
+    from finpatch.dataset import load_dataset
+    from finpatch.job import make_model
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    data = load_dataset(config(n), folder)
+    loaded = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, index = make_model(config(n), "20k", data), data.index["train"][torch.randperm(len(data.index["train"]))]
+    gathers, steps = [], []
+    for part in index[: 512 * 12].split(512):
+        began = time.perf_counter()
+        x, y = data.batch(part)
+        gathers.append(time.perf_counter() - began)
+        data.task.loss(model(x), y).mean().backward()
+        steps.append(time.perf_counter() - began)
+    seconds = {"load_s": loaded, "gather_s": float(np.median(gathers)), "step_s": float(np.median(steps))}
+    return seconds | {"before_gib": before / 2**20, "peak_gib": peak / 2**20, "n_rows": len(data.x)}
+
+
+def rows() -> list[dict]:
+    found, work = {}, f"{SIZES[-1]} symbols × {N_SESSIONS:,} sessions × {N_FEATURES} features"
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), SIZES[-1])
+        for n in SIZES:
+            command = [sys.executable, "-m", "benchmarks.panel", name, str(n)]
+            found[n] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    small, large = found[SIZES[-2]], found[SIZES[-1]]
+    grown = {k: (large[k] - (large["before_gib"] if k == "peak_gib" else 0)) / (small[k] - (small["before_gib"] if k == "peak_gib" else 0)) for k in ("load_s", "peak_gib")}
+    told = "; ".join(f"{n}: {f['load_s']:.1f} s, {f['peak_gib']:.2f} GiB" for n, f in found.items())
+    return [
+        {"work": f"load and verify {work}", "target": "seconds", "measured": f"{large['load_s']:.1f} s", "detail": told},
+        {"work": "peak memory of that process", "target": "< 1 GiB", "measured": f"{large['peak_gib']:.2f} GiB", "detail": f"of which {large['before_gib']:.2f} before loading"},
+        {"work": "twice the symbols", "target": "linear", "measured": f"× {grown['load_s']:.2f} time, × {grown['peak_gib']:.2f} memory", "detail": f"{SIZES[-2]} to {SIZES[-1]} symbols, memory beyond the process's own"},
+        {"work": "a batch of 512 windows of 60 sessions", "target": "as on one symbol", "measured": f"{large['gather_s'] * 1e3:.1f} ms", "detail": f"a training step of 20k parameters takes {large['step_s'] * 1e3:.0f} ms"},
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
