@@ -59,8 +59,7 @@ class FinancialDataset:
         if is_checked: check_splits(self.samples, task)
         self.scaler = scaler or fit_scaler(rows, self.samples, splits.max_context, self.names, is_per_symbol)
         x, self.clipped_share = scale_rows(rows, self.scaler, out)
-        self.x = torch.from_numpy(x)  # (R, F)
-        self.starts = torch.from_numpy(first_rows(rows))
+        self.x, self.starts = torch.from_numpy(x), torch.from_numpy(first_rows(rows))  # (R, F), (S,)
         self.y, self.row = (torch.tensor(self.samples[k].to_numpy(v)) for k, v in (("y", np.float32), ("row", np.int64)))
         self.index = {k: torch.tensor(np.flatnonzero(self.samples["split"] == k)) for k in SPLITS}
 
