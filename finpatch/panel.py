@@ -34,13 +34,13 @@ class PanelConfig:
             raise InputError(f"`panel.scaler` must be one of {', '.join(SCALERS)}", self.scaler, nearest(self.scaler, list(SCALERS)))
         check_range("panel.min_symbols", self.min_symbols, 2)
 
-# %% ../nbs/12c_panel.ipynb #92f26561
+# %% ../nbs/12c_panel.ipynb #61ce77b6
 def membership(
     config: PanelConfig,
-) -> Callable[[str, pd.DatetimeIndex], np.ndarray]:  # symbol, its sessions → (n,) bool
+) -> Callable[[str, pd.DatetimeIndex], np.ndarray | None]:  # symbol, its sessions → (n,) bool; None: on all
     "Read the universe once; return a function that tells on which sessions a symbol counts."
     if config.universe is None:
-        return lambda symbol, sessions: np.ones(len(sessions), bool)
+        return lambda symbol, sessions: None
     universe = load_universe(config.universe)
 
     def belongs(symbol: str, sessions: pd.DatetimeIndex) -> np.ndarray:
@@ -74,7 +74,7 @@ def span_medians(
         out[part[whole]] = np.nanmedian(returns[whole], axis=1)
     return out
 
-# %% ../nbs/12c_panel.ipynb #434d2e54
+# %% ../nbs/12c_panel.ipynb #fbaaae87
 def peer_returns(
     closes: dict[str, pd.Series],  # Forward-adjusted, by symbol
     horizon: int,  # h, sessions
@@ -83,7 +83,7 @@ def peer_returns(
     "Return what the panel did over the last h sessions of each symbol."
     table = pd.DataFrame(closes)  # the union of sessions, ascending
     counts = membership(config)
-    belongs = pd.DataFrame({s: pd.Series(counts(s, c.index), index=c.index) for s, c in closes.items()})
+    belongs = pd.DataFrame({s: pd.Series(True if (own := counts(s, c.index)) is None else own, index=c.index) for s, c in closes.items()})
     values, inside = table.to_numpy(np.float64), belongs.reindex(table.index).eq(True).to_numpy()
     n, out = len(table), {}
     common = np.full(n, np.nan)
