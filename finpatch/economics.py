@@ -85,7 +85,7 @@ def panel_at(
 ) -> dict[str, object]:  # cost_bp; strategy and hold by year; timing per year, an interval
     "Compare the strategy with holding and with its own mean position at one cost."
     def pooled(position_of) -> pd.Series:  # mean over the symbols of each session
-        return pd.concat([net_returns(position_of(h), c, cost_bp) for h, c in streams], axis=1).mean(axis=1)
+        return pd.concat([net_returns(position_of(h), c, cost_bp) for h, c in streams], axis=1, sort=True).mean(axis=1)
 
     strategy = pooled(lambda held: held)
     level, hold = pooled(lambda held: held * 0 + held.mean()), pooled(lambda held: held * 0 + 1.0)
@@ -111,7 +111,7 @@ def economics(
     asked, out = frame.assign(asked=positions(frame)), {"note": NOTE}
     for split in [s for s in ("val", "test") if (frame["split"] == s).any()]:
         streams = split_streams(asked[asked["split"] == split], closes, horizon)
-        sessions = len(pd.concat([held for held, _ in streams], axis=1))
+        sessions = len(pd.concat([held for held, _ in streams], axis=1, sort=True))
         trades = [held.diff().abs().sum() + held.iloc[0] + held.iloc[-1] for held, _ in streams]
         out[split] = {
             "n_sessions": sessions,

@@ -41,9 +41,9 @@ def split_origins(
 # %% ../nbs/14b_samples.ipynb #6cd05c58
 def moments(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:  # (F,), (F,) float64
     "Return mean and standard deviation over the rows of all parts."
-    n = sum(len(x) for x in parts)
-    mean = sum(x.astype(np.float64).sum(axis=0) for x in parts) / n
-    square = sum(((x.astype(np.float64) - mean) ** 2).sum(axis=0) for x in parts) / n
+    n, by_row = sum(len(x) for x in parts), lambda x: np.ascontiguousarray(x, np.float64)  # one order of summation
+    mean = sum(by_row(x).sum(axis=0) for x in parts) / n
+    square = sum(((by_row(x) - mean) ** 2).sum(axis=0) for x in parts) / n
     return mean, np.sqrt(square)  # exactly 0 for a constant: sums of float32 values do not round in float64
 
 # %% ../nbs/14b_samples.ipynb #e23c75dc
