@@ -46,7 +46,7 @@ def add(parent, name: str, run: Callable, example: str) -> argparse.ArgumentPars
 
 # %% ../nbs/50_cli.ipynb #d434aeca
 def add_data(parent) -> None:
-    "Add `data fetch`, `data outside` and `data build`."
+    "Add what fetches, joins, compares and builds data."
     data = parent.add_parser("data", help="Fetch prices and build features").add_subparsers(required=True, metavar="WHAT")
     sources = ("embedded", "yahoo", "file", "skfolio", "bokeh")
     p = add(data, "fetch", answers.data_fetch, "finpatch data fetch SP500")
@@ -68,6 +68,9 @@ def add_data(parent) -> None:
     known.add_argument("--lag-days", type=int, metavar="N", help="days after its date on which a row was known")
     known.add_argument("--available-column", metavar="NAME", help="the column that says when a row was known")
     p.add_argument("--new-version", action="store_true", help="store changed data as the next version")
+    p = add(data, "diff", answers.data_diff, "finpatch data diff SPY.OHLCV.daily.v1 SPY.OHLCV.daily.v2")
+    p.add_argument("old", metavar="OLD", help="a version of raw bars, ID.vN; without .vN the newest")
+    p.add_argument("new", metavar="NEW", help="another version of them")
     p = add(data, "build", answers.data_build, "finpatch data build SP500 --tier a20")
     p.set_defaults(parser=p)
     p.add_argument("symbols", nargs="*", metavar="SYMBOL")

@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from finpatch.cli import main, make_parser
+from finpatch.market import load_ohlcv
 from finpatch.status import read_record
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +145,33 @@ def test_a_defect_is_one_line_unless_debug_is_asked_for(run, monkeypatch):
     monkeypatch.setattr(finpatch.budget, "describe_budgets", lambda names: 1 / 0)
     assert len(run("budget")[2].splitlines()) == 1
     assert "Traceback" in run("budget", "--debug")[2]
+
+
+def test_an_outside_table_without_a_rule_is_refused_and_with_one_becomes_columns(run, tmp_path):
+    days = pd.bdate_range("1998-01-01", "2018-12-31")
+    pd.DataFrame({"date": days, "level": range(len(days))}).to_csv(tmp_path / "rate.csv", index=False)
+    status, _, err = run("data", "outside", "RATE", "--path", tmp_path / "rate.csv")
+    assert status == 1 and "needs `available_at`" in err and len(err.strip().splitlines()) == 1
+    assert run("data", "outside", "RATE", "--path", tmp_path / "rate.csv", "--lag-days", "3")[0] == 0
+    assert run("data", "build", "SP500", "--tier", "a20+RATE")[0] == 0
+    status, out, _ = run("audit", "SP500", "--tier", "a20+RATE", "--cuts", "3", "--json")
+    assert status == 0 and json.loads(out)["n_columns"] == 21
+    assert run("verify")[0] == 0
+
+
+def test_a_revised_close_is_traced_to_features_labels_and_runs(run, tmp_path):
+    assert run("train", "--config", "sp500_direction", "--budget", "5k", "--max-steps", "1", "--run-dir", tmp_path / "runs/r")[0] == 0
+    bars = load_ohlcv("SP500")
+    bars.loc["2010-05-06", ["Close", "Adj Close"]] *= 1.001
+    bars.to_csv(tmp_path / "new.csv")
+    words = ("data", "fetch", "SP500", "--source", "file", "--path", tmp_path / "new.csv", "--new-version")
+    assert run(*words)[0] == 0
+    status, out, _ = run("data", "diff", "SP500.OHLCV.daily.v1", "SP500.OHLCV.daily", "--json")
+    found = json.loads(out)
+    assert status == 0 and [c["column"] for c in found["columns"]] == ["Close", "Adj Close, returns"]
+    assert [c["n_sessions"] for c in found["columns"]] == [1, 2]
+    assert {f["tier"] for f in found["features"]} == {"a20"} and "regression.h1" in {x["task"] for x in found["labels"]}
+    assert found["runs"] == [str(tmp_path / "runs/r")]
 
 
 def test_a_budget_off_tolerance_does_not_train(run, monkeypatch):
