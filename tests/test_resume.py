@@ -328,7 +328,7 @@ def test_a_terminal_shows_one_line_of_progress_and_nothing_from_libraries(data_d
         lines = [line for line in text.split("\r\n") if line]
         assert last in lines[-1] and "Warning" not in text and "File " not in text
         (bar,) = [line for line in lines if "/70 [" in line and LINE.search(line)]
-        drawn = [part for part in bar.split("\r") if part.strip()]
+        drawn = [part.replace("^C", "") for part in bar.split("\r") if part.strip()]  # the terminal's echo is not ours
         assert len(drawn) > 2 and max(map(len, drawn)) <= 100 and sum(bool(LINE.search(part)) for part in drawn) > 1
     assert "resumed from step" in second
 
