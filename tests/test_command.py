@@ -160,7 +160,20 @@ def test_an_outside_table_without_a_rule_is_refused_and_with_one_becomes_columns
 
 
 def test_a_revised_close_is_traced_to_features_labels_and_runs(run, tmp_path):
-    assert run("train", "--config", "sp500_direction", "--budget", "5k", "--max-steps", "1", "--run-dir", tmp_path / "runs/r")[0] == 0
+    assert (
+        run(
+            "train",
+            "--config",
+            "sp500_direction",
+            "--budget",
+            "5k",
+            "--max-steps",
+            "1",
+            "--run-dir",
+            tmp_path / "runs/r",
+        )[0]
+        == 0
+    )
     bars = load_ohlcv("SP500")
     bars.loc["2010-05-06", ["Close", "Adj Close"]] *= 1.001
     bars.to_csv(tmp_path / "new.csv")

@@ -204,7 +204,9 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | {"dataset"}  # dataset: test_integration
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | {
+        "dataset"
+    }  # dataset: test_integration
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):

@@ -96,7 +96,11 @@ def test_excess_is_the_return_against_the_median_of_those_that_traded(horizon, d
                 continue
             a, b = days[t], days[t + horizon]
             both = [np.log(f["Close"][b] / f["Close"][a]) for f in frames.values() if a in f.index and b in f.index]
-            want = np.nan if len(both) < 2 else float(np.log(frame["Close"][b] / frame["Close"][a]) - np.median(both) > 1e-9)
+            want = (
+                np.nan
+                if len(both) < 2
+                else float(np.log(frame["Close"][b] / frame["Close"][a]) - np.median(both) > 1e-9)
+            )
             assert y.iloc[t] == want or (np.isnan(y.iloc[t]) and np.isnan(want)), (symbol, a)
 
 
@@ -104,7 +108,10 @@ def test_no_close_after_its_horizon_moves_a_label(data_dir):
     "Corrupt every close of every symbol after a session: labels that end at or before it stay."
     frames, cut, h = frames_of(data_dir), pd.Timestamp("2007-05-15"), 5
     rng = np.random.default_rng(1)
-    later = {s: f.assign(Close=f["Close"] * np.where(f.index > cut, rng.uniform(0.5, 2, len(f)), 1)) for s, f in frames.items()}
+    later = {
+        s: f.assign(Close=f["Close"] * np.where(f.index > cut, rng.uniform(0.5, 2, len(f)), 1))
+        for s, f in frames.items()
+    }
     for s in SYMBOLS:
         y, moved = (Task("excess", h).labels(add_peers(x, h, PanelConfig(min_symbols=2))[s]) for x in (frames, later))
         ends = pd.Series(frames[s].index, index=frames[s].index).shift(-h) <= cut
@@ -135,13 +142,17 @@ def test_a_symbol_is_judged_while_it_belongs_and_looks_back_beyond(data_dir):
     first = own.index[0]
     frame = load_frame(data_dir, "B.dataset.c12")
     window = frame.loc[: own["origin"].min(), feature_names("c12")].tail(20)
-    np.testing.assert_allclose(data.batch(torch.tensor([first]))[0][0].numpy(), data.scaler(window.to_numpy()), atol=1e-6)
+    np.testing.assert_allclose(
+        data.batch(torch.tensor([first]))[0][0].numpy(), data.scaler(window.to_numpy()), atol=1e-6
+    )
 
 
 def test_a_symbol_that_the_universe_does_not_name_is_refused(data_dir, tmp_path):
     (tmp_path / "two.csv").write_text("symbol,from,to\nA,,\nB,,\n")
     with pytest.raises(InputError, match="every symbol must be in the universe `two`; got C"):
-        load_dataset(experiment(data_dir, task="direction", panel=PanelConfig(universe=str(tmp_path / "two.csv"))), data_dir)
+        load_dataset(
+            experiment(data_dir, task="direction", panel=PanelConfig(universe=str(tmp_path / "two.csv"))), data_dir
+        )
 
 
 def test_a_scaler_per_symbol_sees_training_rows_of_its_symbol_alone(data_dir):
@@ -167,7 +178,9 @@ def test_copies_of_a_stock_are_no_more_evidence_than_one():
     rng, days = np.random.default_rng(0), pd.bdate_range("2010-01-01", periods=1500)
     y = (rng.random(1500) < 0.5).astype(float)
     p = np.clip(0.5 + 0.05 * (y - 0.5) + 0.05 * rng.normal(size=1500), 0.01, 0.99)
-    one = pd.DataFrame({"origin": days, "y": y, "p": p, "split": np.repeat(["train", "val", "test"], 500), "symbol": "S0"})
+    one = pd.DataFrame(
+        {"origin": days, "y": y, "p": p, "split": np.repeat(["train", "val", "test"], 500), "symbol": "S0"}
+    )
     one["target_end"] = one["origin"].shift(-1).fillna(days[-1] + pd.Timedelta(days=1))
     one = one.drop(index=[499, 999])
     ten = pd.concat([one.assign(symbol=f"S{i}") for i in range(10)], ignore_index=True)
@@ -209,7 +222,10 @@ def test_c12_knows_nothing_of_the_future_and_nothing_but_closes():
 
 
 def test_closes_alone_are_no_bars(data_dir, capsys):
-    for words, told in [(["data", "build", "A", "--tier", "a20"], "closes alone serve tier c12"), (["data", "build", "A", "--tier", "raw6"], "none named Open")]:
+    for words, told in [
+        (["data", "build", "A", "--tier", "a20"], "closes alone serve tier c12"),
+        (["data", "build", "A", "--tier", "raw6"], "none named Open"),
+    ]:
         assert main([*words, "--data-dir", str(data_dir)]) == 1
         err = capsys.readouterr().err
         assert told in err and len(err.strip().splitlines()) == 1
@@ -250,7 +266,9 @@ def test_a_panel_study_ends_in_a_verdict(scaler, data_dir, tmp_path):
     assert said["n_test_looks"] >= 1 and len(said["by_size"]) == 2 and said["sentence"]
     losses = pd.read_parquet(path / "losses.parquet")
     one = losses[(losses["name"] == "model") & (losses["split"] == "test")].groupby(["budget", "seed"])["session"]
-    assert (one.nunique() == one.size()).all() and said["n_days"] == one.size().iloc[0]  # a session counts once, whatever the symbols
+    assert (one.nunique() == one.size()).all() and said["n_days"] == one.size().iloc[
+        0
+    ]  # a session counts once, whatever the symbols
 
 
 # Packages
@@ -267,7 +285,9 @@ def test_a_universe_is_fetched_and_built_by_two_commands(tmp_path, capsys):
     assert main(["data", "fetch", "--universe", "skfolio", *where]) == 0
     assert {row["status"] for row in json.loads(capsys.readouterr().out)["symbols"]} == {"kept"}
     assert verify(tmp_path / "data") == []
-    entry = next(e for e in read_json(tmp_path / "data/raw/manifest.json")["entries"] if e["dataset_id"].startswith("AAPL"))
+    entry = next(
+        e for e in read_json(tmp_path / "data/raw/manifest.json")["entries"] if e["dataset_id"].startswith("AAPL")
+    )
     assert entry["source"]["library"] == "skfolio" and entry["accepted"] == ["unexplained_jumps"]
 
 

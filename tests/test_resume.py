@@ -319,7 +319,7 @@ def test_a_terminal_shows_one_line_of_progress_and_nothing_from_libraries(data_d
     config = replace(config, compute=replace(config.compute, is_checkpointed=True))
     (tmp_path / "mine.yaml").write_text(dump_yaml(config))
     where = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / "run")]
-    begin = ["train", "--config", str(tmp_path / "mine.yaml"), "--budget", "50k", *where]
+    begin = ["train", "--config", str(tmp_path / "mine.yaml"), "--budget", "200k", *where]
     status, first = in_terminal(begin, answer=lambda text: b"\x03" if re.search(r" [1-9]\d*/70 ", text) else b"")
     assert status == 3, first
     status, second = in_terminal(["train", "--resume", *where])

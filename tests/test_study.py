@@ -197,7 +197,16 @@ CHANGES = {
     "rates": None,
 }
 CLOCKWORK = {"compute.checkpoint_every_s": 5.0, "thermal": ThermalConfig(fair_c=60.0)}  # decide nothing but the clock
-OTHERS = {"symbols", "model", "optim", "panel", "axes", "folds", "effect", "compute"}  # owners of fields above; symbols: below
+OTHERS = {
+    "symbols",
+    "model",
+    "optim",
+    "panel",
+    "axes",
+    "folds",
+    "effect",
+    "compute",
+}  # owners of fields above; symbols: below
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -360,7 +369,10 @@ def test_shipped_studies_have_a_model_for_each_cell(name, source, tmp_path):
     cells = list(known_cells(Plan(config, source), lambda c: None, is_expected=True))
     assert not any("refused" in source.effective(c).get("model", {}) for c in cells)
     n = len(config.axes.budgets) * len(config.axes.tasks) * len(config.axes.tiers)
-    assert sum(c.role == "study" for c in cells) == n * config.folds.n_folds * 3 and sum(c.role == "search" for c in cells) == n * 5
+    assert (
+        sum(c.role == "study" for c in cells) == n * config.folds.n_folds * 3
+        and sum(c.role == "search" for c in cells) == n * 5
+    )
 
 
 def test_the_command_estimates_before_it_trains(raw6_dir, tmp_path, capsys):

@@ -126,7 +126,9 @@ def test_symbols_whose_features_stand_in_another_order_are_refused(bars, monkeyp
     frame = features.join(forward_adjust(bars).loc[features.index])
     other = frame[[*features.columns[::-1], *frame.columns[20:]]]
     frames = {"A.dataset.a20": frame, "B.dataset.a20": frame}
-    monkeypatch.setattr("finpatch.dataset.frame_reader", lambda *_: (lambda s: frames[f"{s}.dataset.a20"], 2 * len(frame)))
+    monkeypatch.setattr(
+        "finpatch.dataset.frame_reader", lambda *_: (lambda s: frames[f"{s}.dataset.a20"], 2 * len(frame))
+    )
     config = dataclasses.replace(load_experiment_config("sp500_direction"), dataset=tuple(frames))
     assert len(load_dataset(config).names) == 20
     frames["B.dataset.a20"] = other
