@@ -69,8 +69,8 @@ bench: $(VENV)/all.done ## Time this project beside its peers and write benchmar
 calibrate: $(VENV)/all.done ## Train ladders on series whose answer is known and write the page of their verdicts
 	$(BIN)/python -m benchmarks.calibrate
 
-lab: $(VENV)/all.done ## Open JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+lab: $(VENV)/all.done ## Open JupyterLab on the first tutorial
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/tutorials/first_run.ipynb nbs
 
 wheel: $(VENV)/all.done ## Build the wheel into dist
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -424,15 +424,16 @@ def test_a_validation_is_held_back_too():
     class Heats(Callback):
         order = 59
 
-        def after_step(self, trainer):
-            temps["now"] = 90.0 if trainer.epoch_step == trainer.steps_per_epoch else 50.0
+        def after_eval_batch(self, trainer):
+            temps["now"] = 90.0
 
         def while_waiting(self, trainer):
             held.append(trainer.epoch_step == trainer.steps_per_epoch)
             temps["now"] = 50.0
 
-    held, cool = [], ThermalConfig(interval_s=0.001, dwell_s=0.0)
-    heat = ThermalCallback(lambda: Reading(temp_c=temps["now"]), cool, sleep=lambda s: time.sleep(0.01))
+    held, cool = [], ThermalConfig(dwell_s=0.0)
+    at_once = lambda sensor, *_: SimpleNamespace(latest=sensor, first=sensor, end=lambda: None)  # no thread to wait for
+    heat = ThermalCallback(lambda: Reading(temp_c=temps["now"]), cool, sleep=lambda s: None, make_reader=at_once)
     assert fit(heat, Heats()).stop_reason is None
     assert len(held) >= 2 and all(held)
 
