@@ -39,18 +39,18 @@ ONE_RATE = [
 N_DRAWS = 20
 
 
-def row(plan: dict, found: dict, seconds: float) -> str:
-    losses = ", ".join(f"{budget} {loss:.4f}" for budget, loss in found["loss"].items())
+def row(plan: dict, found: dict) -> str:
+    losses = ", ".join(f"{budget}\u00a0{loss:.4f}" for budget, loss in found["loss"].items())
+    pairs = [f"{plan['n_pairs']} pairs"] if "n_pairs" in plan else []
+    made = ", ".join([f"{found['n']:,} sessions", *pairs, f"{plan['n_seeds']} seeds"])
     mark = "right" if found["is_right"] else "**wrong**"
-    cells = (found["kind"], f"{found['n']:,}", plan.get("n_pairs", "–"), plan["n_seeds"], losses, f"{found['baseline']:.4f}", f"{found['bayes']:.4f}", found["answer"], mark, f"{seconds:.0f} s")
-    return f"| {' | '.join(map(str, cells))} |"
+    cells = (f"{found['kind']}: {made}", losses, f"{found['baseline']:.4f}", f"{found['bayes']:.4f}", f"{found['answer']}, {mark}")
+    return f"| {' | '.join(cells)} |"
 
 
 def draw(plan: dict, seed: int = 0) -> tuple[dict, str]:
-    began = time.perf_counter()
-    found = known_answer(**plan, seed=seed)
-    text = row(plan, found, time.perf_counter() - began)
-    print(text, file=sys.stderr, flush=True)
+    began, found = time.perf_counter(), known_answer(**plan, seed=seed)
+    print(text := row(plan, found), f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return found, text
 
 
@@ -62,12 +62,12 @@ def draw_all(asked: list[tuple[dict, int]]) -> list[tuple[dict, str]]:
 
 def page(drawn: list[dict], noise: list[str], ladders: list[str], one_rate: list[str]) -> str:
     "Lay out the page."
-    machine = describe_machine(torch.device("cpu")) | {"torch": torch.__version__.split("+")[0]}
+    machine = describe_machine(torch.device("cpu")) | {"torch": torch.__version__.split("+")[0], "n_threads": 1}
     told = ", ".join(f"{key} {value}" for key, value in machine.items())
     counts = Counter(found["answer"] for found in drawn)
     said = ", ".join(f"{name} {n}" for name, n in counts.most_common())
     wrong = sum(not found["is_right"] for found in drawn)
-    head = "| series | sessions | pairs | seeds | test loss by size, nats | best baseline | truth | answer | | time |\n|---|---|---|---|---|---|---|---|---|---|"
+    head = "| series | test loss by size, nats | best baseline | truth | answer |\n|---|-------|---|---|---|"
     return f"""---
 title: "Right answers"
 description: "What the verdict says where the truth is known"
@@ -84,7 +84,7 @@ learn; there are as many pairs of directions as the table says. *Best, then wors
 the largest size has too little to learn from. *Leak column* plants a column that knows the next return; its answer is the
 name of the column. In the first two, each size takes the learning rate, of 0.001, 0.003 and 0.01, that does best on
 validation with a seed of its own, as in a study. *Wrong* means that the answer is not the one that the series was made
-for. Times are those of a shared machine.
+for.
 
 {head}
 {chr(10).join(ladders)}
