@@ -74,7 +74,10 @@ def read_universe(
 ) -> Universe:
     "Read a universe file; raise `InputError` with the line of what is wrong."
     path = Path(path)
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except ValueError as error:  # pandas' own, and of the encoding
+        raise InputError("a universe file must be a CSV in UTF-8", f"{path}: {' '.join(str(error).split())}", "Save it with a comma between cells.") from None
     missing = [name for name in ("symbol", "from", "to") if name not in table]
     if missing or table.empty:
         found = f"no {', '.join(missing)} in {path}" if missing else f"no rows in {path}"
