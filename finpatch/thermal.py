@@ -188,6 +188,7 @@ class Watched(Callback):
 
     def while_waiting(self, trainer: Trainer) -> None:
         trainer.shown["heat"] = f"{self.brake.action}: {self.heat}"
+        self.trace.write()  # a pause may be long, and a kill may end it
 
     def before_save(self, trainer: Trainer) -> None:
         self.trace.write()

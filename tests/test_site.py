@@ -142,7 +142,9 @@ def test_nothing_is_loaded_from_elsewhere(built, pages):
 
 
 def test_every_formula_is_mathml(built, pages):
-    text = {path: re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8")) for path in pages}  # a picture spells anything
+    text = {
+        path: re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8")) for path in pages
+    }  # a picture spells anything
     assert not [path for path, page in text.items() if re.search(r"katex|mathjax|\\\(|\\\[[^\]]", page, re.IGNORECASE)]
     for path in (ROOT / "nbs").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -292,6 +292,30 @@ def test_every_step_has_a_row(tmp_path):
     assert {r["temp_c"] for r in rows} == {50.0}
 
 
+def at_once(sensor, *_):
+    "A reader without a thread to wait for."
+    return SimpleNamespace(latest=sensor, first=sensor, end=lambda: None)
+
+
+def test_a_pause_writes_the_rows_that_wait(tmp_path):
+    "Rows are written once a second; a run that is killed in half an hour's pause must not lose those before it."
+    path, seen = tmp_path / "thermal.jsonl", []
+    readings = iter([50.0] * 20 + [90.0] * 3)
+
+    class Look(Callback):
+        order = 99
+
+        def while_waiting(self, trainer):
+            seen.append((trainer.step, [r["step"] for r in read_trace(path)]))
+
+    sensor = lambda: Reading(temp_c=next(readings, 50.0))
+    heat = ThermalCallback(sensor, ThermalConfig(dwell_s=0.0), path=path, sleep=lambda s: None, make_reader=at_once)
+    heat.trace.every_s = math.inf  # the clock alone writes nothing
+    fit(heat, Look())
+    step, rows = seen[0]
+    assert step > 0 and rows == list(range(1, len(rows) + 1)) and len(rows) >= step - 1 > 1, seen[0]
+
+
 def test_a_failing_sensor_never_ends_a_run_and_is_said_once(caplog):
     draw = random.Random(0)
 
@@ -432,7 +456,6 @@ def test_a_validation_is_held_back_too():
             temps["now"] = 50.0
 
     held, cool = [], ThermalConfig(dwell_s=0.0)
-    at_once = lambda sensor, *_: SimpleNamespace(latest=sensor, first=sensor, end=lambda: None)  # no thread to wait for
     heat = ThermalCallback(lambda: Reading(temp_c=temps["now"]), cool, sleep=lambda s: None, make_reader=at_once)
     assert fit(heat, Heats()).stop_reason is None
     assert len(held) >= 2 and all(held)
