@@ -34,7 +34,7 @@ from .lock import exclusive
 from .panel import universe_digest
 from .predictions import span_digest
 from .run import add_session, assemble, execute
-from .samples import check_splits
+from .samples import check_splits, train_amount
 from .targets import Task
 from .trainer import Trainer
 
@@ -48,6 +48,7 @@ class Cell:
     fold: int = 0
     role: str = "study"  # "search": data after validation is not even loaded; "baselines": no model is trained
     n_trials: int = N_TRIALS  # Settings that each baseline may try, as many as a budget had
+    train_sessions: int = 0  # Length of training that was asked for; 0: that of the folds
 
 # %% ../nbs/42b_cell.ipynb #a51402bb
 CODE = (
@@ -174,6 +175,7 @@ def describe_cell(cell: Cell, key: str) -> dict:
     "Return what a table says of a cell before it has run."
     c = cell.config
     where = {"task": c.task, "tier": c.tier, "horizon": c.horizon, "context_length": c.context_length}
+    where |= {"train_sessions": cell.train_sessions, "train_symbols": c.panel.train_symbols or 0}
     return {"key": key, "role": cell.role} | where | {"budget": cell.budget, "fold": cell.fold, "seed": c.seed, "lr": c.optim.lr}
 
 
@@ -199,6 +201,7 @@ def forecast_baselines(cell: Cell, source: Source, folder: Path) -> dict:
         table.assign(**forecasts).to_parquet(tmp, index=False)
     digest = {"predictions.parquet": file_digest(folder / "predictions.parquet")}
     done = {"status": "done", "reason": "", "baselines": sorted(forecasts), "settings": settings}
+    done["train"] = train_amount(table)
     return done | {"files_sha256": digest}
 
 # %% ../nbs/42b_cell.ipynb #b780af2d

@@ -155,7 +155,8 @@ def load_dataset(
             raise InputError(rule, f"{', '.join(found)} for {symbol}.dataset.{config.tier}", "Build them again, in one tier.")
         names, x = found, np.empty((n_rows, len(found)), np.float32) if x is None else x
         x[start : start + len(frame)] = item.x  # each frame goes as soon as its rows are copied
-        rows.append(replace(item, x=x[start : start + len(frame)]))
+        is_trained = len(rows) < (config.panel.train_symbols or len(config.symbols))
+        rows.append(replace(item, x=x[start : start + len(frame)], is_trained=is_trained))
         start += len(frame)
     own = config.panel.scaler == "per_symbol"
     return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked, own, out=x)
@@ -169,6 +170,7 @@ def from_arrays(
     context_length: int,  # T, rows
     horizon: int = 1,  # h, rows that a label looks ahead
     shares: tuple[float, float] = (0.7, 0.15),  # Of the rows, for train and val; test is the rest
+    n_train: int | None = None,  # Only the last so many rows of training; None: all
     is_checked: bool = True,
 ) -> FinancialDataset:
     "Make a dataset of one's own arrays; rows count as consecutive days from 1900 on."
@@ -177,7 +179,8 @@ def from_arrays(
     sessions = pd.DatetimeIndex(np.datetime64("1900-01-01", "D") + np.arange(n), name="session")
     cut = [int(n * shares[0]) - 1, int(n * (shares[0] + shares[1])) - 1, n - 1]
     train_end, val_end, test_end = (sessions[c].date() for c in cut)
-    splits = SplitsConfig(train_end=train_end, val_end=val_end, test_end=test_end, max_context=context_length)
+    start = None if n_train is None else sessions[max(cut[0] + 1 - n_train, 0)].date()
+    splits = SplitsConfig(train_start=start, train_end=train_end, val_end=val_end, test_end=test_end, max_context=context_length)
     task = Task("arrays", horizon, (kind, given_labels))
     rows = SymbolRows("ARRAYS", sessions, x, y)
     names = tuple(f"x{i}" for i in range(x.shape[1]))

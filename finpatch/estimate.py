@@ -56,7 +56,7 @@ def cell_windows(plan: Plan, cell: Cell) -> int:
     config, splits = cell.config, cell.config.splits
     sessions = plan.sessions(Question(config.task, config.tier, config.horizon, config.context_length))
     is_train = (sessions > sessions[splits.max_context - 1]) & (sessions.date <= splits.train_end)
-    return int((is_train & (sessions.date >= (splits.train_start or sessions[0].date()))).sum()) * len(config.dataset)
+    return int((is_train & (sessions.date >= (splits.train_start or sessions[0].date()))).sum()) * (config.panel.train_symbols or len(config.dataset))
 
 
 def estimate(

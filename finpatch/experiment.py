@@ -144,6 +144,7 @@ class ExperimentConfig:
         if "Peers" in Task(self.task).needs and len(self.dataset) < self.panel.min_symbols:
             found = f"{len(self.dataset)} for `panel.min_symbols: {self.panel.min_symbols}`"
             raise InputError(f"`{self.task}` compares the symbols of a panel", found, "Name more datasets, or lower `panel.min_symbols`.")
+        check_range("panel.train_symbols", self.panel.train_symbols, 1, len(self.dataset))
         for name in ("wandb_project", "mlflow_experiment"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise InputError(f"`{name}` must be a name or null", repr(value), "Name it, or leave the line out.")

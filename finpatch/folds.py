@@ -81,6 +81,9 @@ def make_folds(
     if (room := places[0, 1] - places[0, 0] + 1) < max_context or places[0, 0] < 0:
         found = f"{before} sessions before {config.test_start}, of which {max(room, 0)} for training"
         rule = f"the first fold must hold {config.val_sessions} sessions of validation and the context of {max_context}"
+        if places[0, 0] < 0:
+            rule = f"the first fold must hold {config.train_sessions} sessions of training and {config.val_sessions} of validation"
+            found = f"{before} sessions before {config.test_start}"
         raise InputError(rule, found, "Begin the test later, or shorten validation, training or context.")
     return tuple(splits_at(sessions, row, config, max_context) for row in places)
 

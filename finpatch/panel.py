@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALERS', 'PanelConfig', 'membership', 'universe_digest', 'span_medians', 'peer_returns', 'wide', 'narrow',
-           'add_peers']
+           'effective_symbols', 'add_peers']
 
 # %% ../nbs/12c_panel.ipynb #701f0ce2
 from collections.abc import Callable
@@ -28,11 +28,13 @@ class PanelConfig:
     scaler: str = "pooled"  # One for all symbols, or one "per_symbol"
     universe: str | None = None  # Name or CSV: a symbol counts only while it belongs; None: always
     min_symbols: int = 10  # Symbols that a session needs for a label of `excess`
+    train_symbols: int | None = None  # Only the first so many symbols train, all are judged; None: all train
 
     def __post_init__(self):
         if self.scaler not in SCALERS:
             raise InputError(f"`panel.scaler` must be one of {', '.join(SCALERS)}", self.scaler, nearest(self.scaler, list(SCALERS)))
         check_range("panel.min_symbols", self.min_symbols, 2)
+        check_range("panel.train_symbols", self.train_symbols, 1)
 
 # %% ../nbs/12c_panel.ipynb #61ce77b6
 def membership(
@@ -113,6 +115,14 @@ def narrow(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         parts.setdefault(name.split("|", 1)[0], []).append(name)
     own = {s: frame[names].dropna(how="all") for s, names in parts.items()}
     return {s: f.set_axis([name.split("|", 1)[1] for name in f], axis=1) for s, f in own.items()}
+
+# %% ../nbs/12c_panel.ipynb #407528f1
+def effective_symbols(
+    labels: pd.DataFrame,  # Sessions × symbols, NaN where there is none
+) -> float:  # Between 1 and the number of symbols
+    "Say how many independent series a panel's labels are worth in the mean of a session."
+    own, together = labels.var(ddof=0).mean(), labels.mean(axis=1).var(ddof=0)
+    return float(np.clip(own / max(together, 1e-12), 1, labels.shape[1]))
 
 # %% ../nbs/12c_panel.ipynb #61f69f5a
 def add_peers(

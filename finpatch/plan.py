@@ -43,19 +43,23 @@ class AxesConfig:
     tiers: tuple[str, ...] = ("a20",)
     horizons: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (60,)  # T, sessions
+    train_sessions: tuple[int, ...] = ()  # Ascending lengths of training, the most recent sessions; none: that of the folds
+    train_symbols: tuple[int, ...] = ()  # Ascending numbers of symbols, the first of the list; none: all
 
     def __post_init__(self):
         check_range("axes.n_seeds", self.n_seeds, 1)
-        for name in ("budgets", "tasks", "tiers", "horizons", "contexts"):
+        for name in ("budgets", "tasks", "tiers", "horizons", "contexts", "train_sessions", "train_symbols"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if (not values and not name.startswith("train")) or len(set(values)) < len(values):
                 found = ", ".join(map(str, values)) or "nothing"
                 raise InputError(f"`axes.{name}` must name each value once", found, "Remove doubles, or add one.")
         for task, horizon in product(self.tasks, self.horizons):
             Task(task, horizon=horizon)
         sizes = [parse_budget(b).n_params for b in self.budgets if not is_model_file(b)]
-        if sizes != sorted(sizes):
-            raise InputError("`axes.budgets` must ascend", ", ".join(self.budgets), "Order them by size.")
+        for name, values in {"budgets": sizes, "train_sessions": self.train_sessions, "train_symbols": self.train_symbols}.items():
+            if list(values) != sorted(values) or min(values, default=1) < 1:
+                found = ", ".join(map(str, getattr(self, name)))
+                raise InputError(f"`axes.{name}` must ascend", found, "Order them by size, each above 0.")
 
 # %% ../nbs/42d_plan.ipynb #a2ee091c
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,11 @@ class StudyConfig:
         if used:
             rule = "`rates.seeds` must not be seeds of the study"
             raise InputError(rule, f"{used[0]} among {self.axes.n_seeds} seeds", "Use e.g. [1000].")
+        check_range("axes.train_symbols", max(self.axes.train_symbols, default=None), 1, len(self.symbols))
+        for axis, other in (("train_sessions", self.folds.train_sessions), ("train_symbols", self.panel.train_symbols)):
+            if getattr(self.axes, axis) and other is not None:
+                rule, found = f"`{axis}` must be an axis or a setting", f"`axes.{axis}` and {other} besides"
+                raise InputError(rule, found, "Leave one of them out.")
 
 # %% ../nbs/42d_plan.ipynb #b5f6b921
 def load_study_config(name: str | Path) -> StudyConfig:
@@ -107,15 +116,21 @@ class Question(NamedTuple):
     tier: str
     horizon: int
     context_length: int
+    train_sessions: int = 0  # Length of training; 0: that of the folds
+    train_symbols: int = 0  # Symbols that train; 0: all
 
-    def __str__(self) -> str:  # e.g. direction.h1 on raw6, context 60
-        return f"{self.task}.h{self.horizon} on {self.tier}, context {self.context_length}"
+    def __str__(self) -> str:  # e.g. direction.h1 on raw6, context 60, trained on 1260 sessions
+        parts = {"session": self.train_sessions, "symbol": self.train_symbols}
+        less = " of ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in parts.items() if n)
+        return f"{self.task}.h{self.horizon} on {self.tier}, context {self.context_length}" + f", trained on {less}" * bool(less)
 
 
 def questions(config: StudyConfig) -> list[Question]:
     "List the questions of a study, the primary one first."
     axes = config.axes
-    return [Question(*values) for values in product(axes.tasks, axes.tiers, axes.horizons, axes.contexts)]
+    fewer = [n % len(config.symbols) for n in reversed(axes.train_symbols)]  # all of them is the same as none named
+    amounts = tuple(reversed(axes.train_sessions)) or (0,), fewer or (0,)
+    return [Question(*values) for values in product(axes.tasks, axes.tiers, axes.horizons, axes.contexts, *amounts)]
 
 # %% ../nbs/42d_plan.ipynb #8d0ee8f0
 class Plan:
@@ -132,13 +147,19 @@ class Plan:
     def experiment(self, question: Question, splits: SplitsConfig, seed: int, lr: float) -> ExperimentConfig:
         "Return the config of one run."
         what = {"task": question.task, "horizon": question.horizon, "context_length": question.context_length}
-        how = {k: getattr(self.config, k) for k in ("model", "panel", "compute", "thermal")}
-        how["optim"] = replace(self.config.optim, lr=lr)
+        how = {k: getattr(self.config, k) for k in ("model", "compute", "thermal")}
+        how |= {"optim": replace(self.config.optim, lr=lr), "panel": self.panel(question)}
         return ExperimentConfig(seed=seed, dataset=self.dataset(question), splits=splits, **what, **how)
+
+    def panel(self, question: Question) -> PanelConfig:
+        "Say which symbols train."
+        return replace(self.config.panel, train_symbols=question.train_symbols) if question.train_symbols else self.config.panel
 
     def folds(self, question: Question) -> tuple[SplitsConfig, ...]:
         "Cut the sessions of a question's data."
-        key = ("folds", self.dataset(question), self.config.folds, max(self.config.axes.contexts))
+        n, folds = question.train_sessions, self.config.folds
+        folds = replace(folds, kind="rolling", train_sessions=n) if n else folds
+        key = ("folds", self.dataset(question), folds, max(self.config.axes.contexts))
         return self.source.keep(key, lambda: make_folds(self.sessions(question), *key[2:]))
 
     def sessions(self, question: Question) -> pd.DatetimeIndex:
@@ -152,19 +173,22 @@ class Plan:
 def rate_cells(plan: Plan, question: Question, budget: str, rate: float) -> list[Cell]:
     "Return the runs that try a rate."
     splits, seeds = plan.folds(question)[0], plan.config.rates.seeds
-    return [Cell(plan.experiment(question, splits, s, rate), budget, 0, "search") for s in seeds]
+    where = {"train_sessions": question.train_sessions}
+    return [Cell(plan.experiment(question, splits, s, rate), budget, 0, "search", **where) for s in seeds]
 
 
 def study_cells(plan: Plan, question: Question, budget: str, lr: float) -> list[Cell]:
     "Return the runs that are judged."
     cross = product(enumerate(plan.folds(question)), range(plan.config.axes.n_seeds))
-    return [Cell(plan.experiment(question, splits, seed, lr), budget, k) for (k, splits), seed in cross]
+    where = {"train_sessions": question.train_sessions}
+    return [Cell(plan.experiment(question, splits, seed, lr), budget, k, **where) for (k, splits), seed in cross]
 
 
 def baseline_cells(plan: Plan, question: Question) -> list[Cell]:
     "Return what any model must beat, fold by fold, tuned with as many trials as a budget can have."
     lr, rates = plan.config.optim.lr, plan.config.rates
     tuned = {"n_trials": rates.n_points + rates.max_extensions} if rates else {}
+    tuned["train_sessions"] = question.train_sessions
     experiments = [plan.experiment(question, splits, 0, lr) for splits in plan.folds(question)]
     return [Cell(c, "baselines", k, "baselines", **tuned) for k, c in enumerate(experiments)]
 
@@ -236,4 +260,4 @@ def cell_cost(plan: Plan, cell: Cell) -> float:  # FLOPs of an epoch, about
     n = sessions.searchsorted([pd.Timestamp(d) for d in (first, splits.train_end)], side="right")
     model = plan.source.effective(cell).get("model", {"refused": ""})
     flops = 0 if "refused" in model else flops_per_sample(PatchTSTConfig(**model), training=True)
-    return float(n[1] - n[0]) * len(config.dataset) * (flops + OVERHEAD)
+    return float(n[1] - n[0]) * (config.panel.train_symbols or len(config.dataset)) * (flops + OVERHEAD)

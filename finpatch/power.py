@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['DISAGREEMENT', 'SURE', 'AUC', 'YEAR', 'BUDGETS', 'DELTAS', 'pair_difference', 'slope_difference', 'auc_of_skill',
            'skill_of_auc', 'power', 'power_sentence', 'Asked', 'questions_of', 'study_questions', 'built_frames',
-           'split_spans', 'effective_symbols', 'test_days', 'calendar_days', 'core_sizes', 'answer_question',
-           'power_text']
+           'split_spans', 'test_days', 'calendar_days', 'core_sizes', 'answer_question', 'power_text']
 
 # %% ../nbs/44d_power.ipynb #da39ed77
 import math
@@ -28,7 +27,7 @@ from .experiment import ExperimentConfig, ModelConfig, SplitsConfig, load_experi
 from .features import BAR_COLUMNS, feature_names
 from .folds import FoldsConfig, common_sessions, make_folds
 from .manifest import load_frame
-from .panel import PanelConfig, add_peers
+from .panel import PanelConfig, add_peers, effective_symbols
 from .samples import split_origins
 from .targets import Task
 
@@ -178,14 +177,6 @@ def split_spans(asked: Asked, frames: dict[str, pd.DataFrame]) -> tuple[SplitsCo
     return make_folds(common_sessions(frames), asked.spans, asked.max_context)
 
 # %% ../nbs/44d_power.ipynb #a4046f2f
-def effective_symbols(
-    labels: pd.DataFrame,  # Sessions × symbols, NaN where there is none
-) -> float:  # Between 1 and the number of symbols
-    "Say how many independent series a panel's labels are worth in the mean of a session."
-    own, together = labels.var(ddof=0).mean(), labels.mean(axis=1).var(ddof=0)
-    return float(np.clip(own / max(together, 1e-12), 1, labels.shape[1]))
-
-
 def test_days(
     asked: Asked,
     frames: dict[str, pd.DataFrame],  # Symbol to its dataset

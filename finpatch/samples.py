@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'split_origins', 'moments', 'Scaler', 'SymbolRows', 'first_rows', 'labelled_origins', 'pool_samples',
-           'sample_table', 'training_spans', 'training_rows', 'fit_scaler', 'scale_rows', 'check_names', 'check_splits']
+           'sample_table', 'training_spans', 'training_rows', 'fit_scaler', 'scale_rows', 'check_names', 'check_splits',
+           'train_amount']
 
 # %% ../nbs/14b_samples.ipynb #a420c6f7
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pandas as pd
 from .core import InputError
 from .episodes import check_enough
 from .experiment import SplitsConfig
+from .panel import effective_symbols
 from .targets import Task
 
 # %% ../nbs/14b_samples.ipynb #ad7517c9
@@ -91,6 +93,7 @@ class SymbolRows:
     x: np.ndarray  # (n, F) float32, unscaled features
     y: np.ndarray  # (n,) float64 labels, NaN where undefined
     is_member: np.ndarray | None = None  # (n,) bool, whether the symbol counts; None: always
+    is_trained: bool = True  # Has it samples of training? It is judged in any case
 
     def __post_init__(self):
         if self.is_member is not None and np.shape(self.is_member) != self.sessions.shape:
@@ -117,7 +120,8 @@ def labelled_origins(
 ) -> list[np.ndarray]:  # Rows of the origins, one array a split
     "Find the origins of one symbol that have a label and belong."
     may = np.isfinite(rows.y) & (True if rows.is_member is None else rows.is_member)
-    return [t[may[t]] for t in split_origins(rows.sessions, splits, horizon).values()]
+    found = [t[may[t]] for t in split_origins(rows.sessions, splits, horizon).values()]
+    return found if rows.is_trained else [found[0][:0], *found[1:]]
 
 # %% ../nbs/14b_samples.ipynb #51173047
 def pool_samples(
@@ -209,3 +213,11 @@ def check_splits(samples: pd.DataFrame, task: Task, names: tuple[str, ...] = SPL
         part = samples.loc[samples["split"] == split, ["origin", "y"]]
         order = part["origin"].rank(method="dense").to_numpy(np.int64)
         check_enough(part["y"].to_numpy(), task.horizon, task.kind, order, split)
+
+# %% ../nbs/14b_samples.ipynb #5059743d
+def train_amount(samples: pd.DataFrame) -> dict[str, float]:  # n_windows, n_sessions, n_effective
+    "Say how much a table of samples holds for training."
+    train = samples[samples["split"] == "train"]
+    worth = effective_symbols(train.pivot(index="origin", columns="symbol", values="y"))
+    n_sessions = train["origin"].nunique()
+    return {"n_windows": len(train), "n_sessions": n_sessions, "n_effective": n_sessions * worth}

@@ -153,11 +153,12 @@ def show_study(study_dir: Path | str, data_dir: Path | str | None = None) -> Sho
     counts = table["status"].value_counts().reindex(list(STATES)).dropna().astype(int)
     text = f"{folder.resolve().name}, {len(table)} cells: " + ", ".join(f"{STATES[k][0]} {n} {k}" for k, n in counts.items())
     body, said = [f"<p>{escape(text)}</p>"], folder / "verdict.json"
-    for question, part in table.groupby(QUESTION, sort=False):
+    for question, part in table.groupby([name for name in QUESTION if name in table], sort=False):
         grid = study_grid(part)
         body += [f"<p>{escape(str(Question(*question)))}</p>", frame_html(grid, raw=tuple(grid.columns[1:]))]
     if said.exists() and not counts.get("open"):
-        body += [f"<p>{escape(q['sentence'])}</p>" for q in read_json(said)["questions"]]
+        verdict = read_json(said)
+        body += [f"<p>{escape(q['sentence'])}</p>" for q in (*verdict["questions"], *verdict.get("surfaces", []))]
     return Shown("".join(body), text)
 
 # %% ../nbs/46b_show.ipynb #de0df45f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'SURE', 'WORTH', 'Stored', 'read_stored', 'panel_words', 'of_question', 'label_scale', 'question_losses',
-           'seen', 'seen_words', 'cell_rows', 'lineage_rows']
+           'question_name', 'size_keys', 'all_keys', 'seen', 'seen_words', 'cell_rows', 'lineage_rows']
 
 # %% ../nbs/45c_stored.ipynb #8eb07421
 from pathlib import Path
@@ -63,12 +63,13 @@ def panel_words(stored: Stored) -> str | None:  # None: one symbol
     return f"{len(symbols)} symbols, each judged while it belonged to the universe {Path(universe).stem}."
 
 # %% ../nbs/45c_stored.ipynb #40c4ec22
-QUESTION = ["task", "tier", "horizon", "context_length"]
+QUESTION = ["task", "tier", "horizon", "context_length", "train_sessions", "train_symbols"]
 
 
 def of_question(frame: pd.DataFrame, said: dict) -> pd.DataFrame:
     "Select the rows of a question."
-    return frame[(frame[QUESTION] == [said[k] for k in QUESTION]).all(axis=1)]
+    known = [name for name in QUESTION if name in frame]  # a study from before the amount of data was asked has no column of it
+    return frame[(frame[known] == [said[name] for name in known]).all(axis=1)]
 
 
 def label_scale(stored: Stored, said: dict) -> float:
@@ -87,6 +88,24 @@ def question_losses(stored: Stored, said: dict) -> tuple[list[np.ndarray], np.nd
     base = rows[(rows["budget"] == "baseline") & (rows["name"] == chosen)].sort_values("session")
     sizes = [rows[rows["budget"] == b].pivot(index="seed", columns="session", values="loss") for b in said["budgets"]]
     return [s.to_numpy() / scale for s in sizes], base["loss"].to_numpy() / scale, pd.DatetimeIndex(base["session"])
+
+# %% ../nbs/45c_stored.ipynb #fe216fb9
+def question_name(said: dict) -> str:  # e.g. direction.h1.raw6.c60, or with .d500.s5 on 500 sessions of 5 symbols
+    "Name a question."
+    less = "".join(f".{letter}{said[name]}" for letter, name in (("d", "train_sessions"), ("s", "train_symbols")) if said.get(name))
+    return f"{said['task']}.h{said['horizon']}.{said['tier']}.c{said['context_length']}{less}"
+
+
+def size_keys(stored: Stored, said: dict, budget: str) -> list[str]:
+    "Return the keys of the cells of a size, or of the baselines."
+    rows = of_question(stored.results, said)
+    role = "baselines" if budget == "baselines" else "study"
+    return rows.loc[(rows["role"] == role) & (rows["budget"] == budget), "key"].tolist()
+
+
+def all_keys(stored: Stored, said: dict) -> list[str]:
+    "Return the keys of all cells of a question."
+    return [k for b in (*said["budgets"], "baselines") for k in size_keys(stored, said, b)]
 
 # %% ../nbs/45c_stored.ipynb #4d3fcc4c
 SURE, WORTH = 2.8, 0.004  # Standard errors; nats, of a model with an AUC of 0.55

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from .amounts import judge_amounts
 from .cell import Source, cell_key, limited_threads
 from .config import dump_yaml
 from .core import InputError, atomic_path, read_json, write_json
 from .lock import exclusive
 from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config, study_cells, tried_rates
-from .pool import count_study_looks, judge_pool, pool_question, read_predictions, results_table
+from .pool import Pool, count_study_looks, judge_pool, pool_question, read_predictions, results_table
 from .rates import is_at_edge
 from .targets import Task
 from .work import Results, StudyProgress, count_workers, gather, start_workers, work
@@ -39,21 +40,25 @@ def store_losses(plan: Plan, known: Results, study_dir: Path) -> dict:  # For ve
     "Pool, store and judge every question."
     from finpatch.scaling import holm, verdict
 
-    judged, losses = [], []
+    judged, losses, pools = [], [], []
     for question in plan.questions:
-        said, long = judge_question(plan, question, known, verdict)
+        said, pool, long = judge_question(plan, question, known, verdict)
         judged.append(said)
-        losses += [] if long is None else [long]
+        if pool is not None:
+            losses, pools = [*losses, long], [*pools, pool]
     if losses:
         store_frame(study_dir / "losses.parquet", pd.concat(losses, ignore_index=True))
     others = [*judged[1:], *(q["recalibrated"] for q in judged if "recalibrated" in q)]
     tested = [x for x in others if x.get("p") is not None]
     for x, p in zip(tested, holm([x["p"] for x in tested]) if tested else [], strict=True):
         x["p_holm"] = float(p)
-    return {"schema_version": 1, **judged[0], "questions": judged}
+    surfaces = judge_amounts(pools, plan, known, {q["task"]: q["unit"] for q in judged})
+    return {"schema_version": 1, **judged[0], "questions": judged, "surfaces": surfaces}
 
-
-def judge_question(plan: Plan, question: Question, known: Results, verdict: Callable) -> tuple[dict, pd.DataFrame | None]:
+# %% ../nbs/44_study.ipynb #915f05fa
+def judge_question(
+    plan: Plan, question: Question, known: Results, verdict: Callable
+) -> tuple[dict, Pool | None, pd.DataFrame | None]:
     "Judge one question; one whose cells were all refused cannot be told, with the reason."
     effect, kind = plan.config.effect, Task(question.task, question.horizon).kind
     delta, unit = (effect.nats, "nats") if kind == "binary" else (effect.r2, "R²")
@@ -64,9 +69,9 @@ def judge_question(plan: Plan, question: Question, known: Results, verdict: Call
         pool, long = pool_question(question, plan, known, known.cells_dir)
     except InputError as error:
         said = {"verdict": "cannot_tell", "sentence": f"Cannot tell: {error}", **question._asdict(), "delta": delta, "unit": unit}
-        return said | rates, None
+        return said | rates, None, None
     looks = count_study_looks(plan, question, known, known.cells_dir)
-    return judge_pool(pool, delta, unit, verdict) | rates | looks, long
+    return judge_pool(pool, delta, unit, verdict) | rates | looks, pool, long
 
 # %% ../nbs/44_study.ipynb #26422a24
 def store_predictions(plan: Plan, known: Results, study_dir: Path) -> None:
@@ -76,6 +81,7 @@ def store_predictions(plan: Plan, known: Results, study_dir: Path) -> None:
         if cell.role == "study" and known(cell)["status"] == "done":
             c, frame = cell.config, read_predictions(cell, plan, known, known.cells_dir)
             what = {"task": c.task, "tier": c.tier, "horizon": c.horizon, "context_length": c.context_length}
+            what |= {"train_sessions": cell.train_sessions, "train_symbols": c.panel.train_symbols or 0}
             parts.append(frame.assign(key=cell_key(cell, plan.source), **what))
     if parts:
         store_frame(study_dir / "predictions.parquet", pd.concat(parts, ignore_index=True))

@@ -95,7 +95,7 @@ HEAT = {
     "thermal.stop_after_s": 60.0,
     "thermal.required": True,
 }
-PANEL = {"panel.scaler": "per_symbol", "panel.universe": "a file with spans", "panel.min_symbols": 3}
+PANEL = {"panel.scaler": "per_symbol", "panel.universe": "a file with spans", "panel.min_symbols": 3, "panel.train_symbols": 2}
 TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
 

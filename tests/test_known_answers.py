@@ -6,7 +6,9 @@ larger ladders, and its page says how often each answer was right.
 
 import pytest
 
-from finpatch.known_answers import RIGHT, known_answer
+from finpatch.known_answers import RIGHT, known_answer, train_surface
+from finpatch.surface import best_sizes, favour
+from finpatch.synthetic import make_series
 
 SHAPE = {"patch_length": 5, "stride": 5}
 DRAWS = {
@@ -27,3 +29,12 @@ def test_a_trained_draw_gets_its_right_answer(kind):
         assert max(found["loss"].values()) < found["bayes"], found
     if kind == "nothing":
         assert min(found["loss"].values()) > found["bayes"] - 0.01, found
+
+
+def test_more_data_favours_larger_sizes_where_the_signal_takes_them():
+    "The contrast must say so, and the best size on the most data must be larger than on the least."
+    series = make_series("helps", 22_858, n_pairs=4)
+    surface = train_surface(series, ("2500", "15k", "40k"), (2000, 16_000), **SHAPE)
+    best, _ = best_sizes(surface)
+    assert favour(surface).high < 0 and best[0] < best[1], (favour(surface), surface.mean)
+    assert surface.mean[1].max() < surface.mean[0].min(), surface.mean  # more data is better at every size

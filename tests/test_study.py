@@ -169,6 +169,7 @@ CHANGES = {
     "axes.tiers": ("a20",),
     "axes.horizons": (2,),
     "axes.contexts": (30,),
+    "axes.train_sessions": (600,),
     "folds.test_start": date(2012, 1, 3),
     "folds.test_end": date(2017, 12, 29),
     "folds.n_folds": 1,
@@ -194,6 +195,7 @@ CHANGES = {
     "panel.scaler": "per_symbol",
     "panel.universe": str(UNIVERSE),
     "panel.min_symbols": 5,
+    "panel.train_symbols": 1,
     "rates": None,
 }
 CLOCKWORK = {"compute.checkpoint_every_s": 5.0, "thermal": ThermalConfig(fair_c=60.0)}  # decide nothing but the clock
@@ -206,7 +208,8 @@ OTHERS = {
     "folds",
     "effect",
     "compute",
-}  # owners of fields above; symbols: below
+    "axes.train_symbols",
+}  # owners of fields above; symbols: below; the symbols that train: test_data_axes
 
 
 @pytest.mark.parametrize("key", CHANGES)
