@@ -150,10 +150,10 @@ def questions_of(
 
 def study_questions(name: str | Path, budgets: Sequence[str] | None) -> list[Asked]:
     "Read what a study asks."
-    from finpatch.plan import load_study_config, questions
+    from finpatch.plan import Question, load_study_config, questions
 
     c, asked = load_study_config(name), []
-    for q in questions(c):
+    for q in dict.fromkeys(Question(*q[:4]) for q in questions(c)):  # on whatever amount of data, the test span is the same
         delta = c.effect.nats if Task(q.task, q.horizon).kind == "binary" else c.effect.r2
         what = (q.task, q.horizon, q.context_length, c.symbols, q.tier, c.model, c.folds, max(c.axes.contexts))
         asked.append(Asked(*what, tuple(budgets or c.axes.budgets), delta, c.panel))

@@ -371,7 +371,8 @@ def test_shipped_studies_have_a_model_for_each_cell(name, source, tmp_path):
     assert load_study_config(tmp_path / "copy.yaml") == config
     cells = list(known_cells(Plan(config, source), lambda c: None, is_expected=True))
     assert not any("refused" in source.effective(c).get("model", {}) for c in cells)
-    n = len(config.axes.budgets) * len(config.axes.tasks) * len(config.axes.tiers)
+    axes = config.axes
+    n = len(axes.budgets) * len(axes.tasks) * len(axes.tiers) * max(1, len(axes.train_sessions))
     assert (
         sum(c.role == "study" for c in cells) == n * config.folds.n_folds * 3
         and sum(c.role == "search" for c in cells) == n * 5
