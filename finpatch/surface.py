@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOP', 'HUBER', 'STARTS', 'LAW', 'Surface', 'make_surface', 'favour', 'best_sizes', 'law_losses', 'places', 'fit_law',
-           'early_refusals', 'late_refusals', 'spread_misfit', 'bootstrap_law', 'fit_surface', 'isoflop',
-           'law_sentence', 'shift_sentence', 'describe_surface']
+           'early_refusals', 'late_refusals', 'spread_misfit', 'bootstrap_law', 'law_best', 'ends_of', 'fit_surface',
+           'isoflop', 'law_sentence', 'shift_sentence', 'describe_surface']
 
 # %% ../nbs/44e_surface.ipynb #56803c2f
 from functools import partial
@@ -132,14 +132,14 @@ def early_refusals(surface: Surface) -> list[str]:
     return found
 
 
-def late_refusals(law: np.ndarray, ends: np.ndarray, corner: Interval, loss: float) -> list[str]:  # (6,); (2, 6); of the corner
+def late_refusals(values: dict[str, dict], corner: Interval, loss: float) -> list[str]:  # Of α and β; of the corner
     "Say what a fit shows against itself."
     found = []
-    for name, i in (("size", 2), ("data", 4)):
-        if not 0.01 < law[i] < TOP - 0.01:
-            found.append(f"the exponent of {name} lies on its bound, {law[i]:.2f}")
-        elif ends[0, i] <= 0.01:
-            found.append(f"the interval of the exponent of {name}, {ends[0, i]:.2f} to {ends[1, i]:.2f}, holds 0")
+    for name, (value, low, high) in (("size", values["alpha"].values()), ("data", values["beta"].values())):
+        if not 0.01 < value < TOP - 0.01:
+            found.append(f"the exponent of {name} lies on its bound, {value:.2f}")
+        elif low <= 0.01:
+            found.append(f"the interval of the exponent of {name}, {low:.2f} to {high:.2f}, holds 0")
     if not corner.low <= loss <= corner.high:
         found.append(f"the largest size on the most data, held out, was foretold as {corner.low:.4f} to {corner.high:.4f} and is {loss:.4f}")
     return found
@@ -154,7 +154,7 @@ def spread_misfit(said: np.ndarray, means: np.ndarray, n_draws: int, seed: int) 
 
 def bootstrap_law(
     surface: Surface, true_loss: float | None, n_draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, Interval]:  # (6,) law; (2, 6) ends of its intervals; prediction of the corner
+) -> tuple[np.ndarray, Interval]:  # (1 + draws, 6) the law, then those of the draws; prediction of the corner
     "Fit the law, and again on every draw: with all points, and without the largest size on the most data."
     used, at = np.ones(surface.mean.shape, bool), places(surface.sizes, surface.amounts)
     used[-1, -1] = False
@@ -163,13 +163,27 @@ def bootstrap_law(
     said = law_losses(law, *at)
     noise = surface.draws(n_draws, seed) / surface.mean
     drawn = said * noise * spread_misfit(said, surface.mean, n_draws, seed + 1)
-    ends = np.quantile([fit(x, starts=[law]) for x in drawn], [0.025, 0.975], axis=0)
+    laws = np.array([law, *(fit(x, starts=[law]) for x in drawn)])
     errors = [law_losses(fit(x, used, starts=[short]), *at)[-1, -1] - x[-1, -1] for x in drawn]
     corner = law_losses(short, *at)[-1, -1]
-    return law, ends, Interval(float(corner), *(float(corner - q) for q in np.quantile(errors, [0.975, 0.025])))
+    return laws, Interval(float(corner), *(float(corner - q) for q in np.quantile(errors, [0.975, 0.025])))
 
 # %% ../nbs/44e_surface.ipynb #0f4dca88
 LAW = {"irreducible": 0, "alpha": 2, "beta": 4, "gamma": 5}
+
+
+def law_best(laws: np.ndarray, sizes: np.ndarray, amounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (draws,), (draws, M)
+    "Return the power of the data with which the best size grows, and the best size for each amount; infinite where γ is 0."
+    _, a, alpha, b, beta, gamma = laws.T[..., None]  # each (draws, 1)
+    d, gamma = np.log(amounts) - np.log(amounts).mean(), np.maximum(gamma, 1e-12)
+    n = (np.log(alpha / gamma) + a - b + beta * d) / (alpha + gamma)
+    with np.errstate(over="ignore"):
+        return (beta / (alpha + gamma))[:, 0], np.exp(n + np.log(sizes).mean())
+
+
+def ends_of(values: np.ndarray) -> dict[str, float]:  # (1 + draws,) → value, low, high
+    "Return the first value with the percentiles of the others."
+    return Interval(float(values[0]), *map(float, np.quantile(values[1:], [0.025, 0.975])))._asdict()
 
 
 def fit_surface(
@@ -177,17 +191,18 @@ def fit_surface(
     true_loss: float | None = None,  # Mean loss of the true probability, where it is known: E
     n_draws: int = 200,
     seed: int = 0,  # Of the bootstrap
-) -> dict[str, object]:  # irreducible, alpha, beta, gamma: value, low, high; a, b; held_out; misfit; refused
+) -> dict[str, object]:  # irreducible, alpha, beta, gamma, power, best_size: value, low, high; a, b; held_out; misfit; refused
     "Fit the law of parameters and data with crossed-bootstrap intervals, or say why there is none."
-    names = (*LAW, "a", "b", "misfit", "held_out")
+    names = (*LAW, "a", "b", "power", "best_size", "misfit", "held_out")
     if refused := early_refusals(surface):
         return dict.fromkeys(names) | {"refused": refused}
-    law, ends, corner = bootstrap_law(surface, true_loss, n_draws, seed)
+    laws, corner = bootstrap_law(surface, true_loss, n_draws, seed)
+    law, (power, best) = laws[0], law_best(laws, surface.sizes, surface.amounts)
     found, said = float(surface.mean[-1, -1]), law_losses(law, *places(surface.sizes, surface.amounts))
-    values = {k: Interval(float(law[i]), *map(float, ends[:, i]))._asdict() for k, i in LAW.items()}
+    values = {k: ends_of(laws[:, i]) for k, i in LAW.items()} | {"power": ends_of(power), "best_size": [ends_of(x) for x in best.T]}
     values |= {"a": float(np.exp(law[1])), "b": float(np.exp(law[3])), "misfit": float(np.sqrt(np.mean(np.log(said / surface.mean) ** 2)))}
     values["held_out"] = corner._asdict() | {"found": found}
-    refused = late_refusals(law, ends, corner, found)
+    refused = late_refusals(values, corner, found)
     return (dict.fromkeys(names) | {"held_out": values["held_out"]} if refused else values) | {"refused": refused}
 
 # %% ../nbs/44e_surface.ipynb #ac25a9ce
@@ -214,9 +229,10 @@ def law_sentence(law: dict) -> str:
     if law["refused"]:
         return f"No law of parameters and data is printed: {'; '.join(law['refused'])}."
     value = lambda k: f"{law[k]['value']:.2f} ({law[k]['low']:.2f} to {law[k]['high']:.2f})"
-    held = law["held_out"]
+    held, power = law["held_out"], law["power"]
+    moved = f"; by it tenfold data takes the best size times {10**power['value']:.2g} ({10**power['low']:.2g} to {10**power['high']:.2g})"
     text = f"L = E + A N^-α + B N^γ D^-β with E {value('irreducible')}, α {value('alpha')}, β {value('beta')}, γ {value('gamma')}, within {law['misfit']:.1%} of the losses"
-    return text + f"; the largest size on the most data, held out, was foretold as {held['value']:.4f} ({held['low']:.4f} to {held['high']:.4f}) and is {held['found']:.4f}."
+    return text + moved * (law["gamma"]["low"] > 0) + f"; the largest size on the most data, held out, was foretold as {held['value']:.4f} ({held['low']:.4f} to {held['high']:.4f}) and is {held['found']:.4f}."
 
 
 def shift_sentence(sizes: np.ndarray, amounts: np.ndarray, favoured: Interval, slope: Interval) -> str:  # Best sizes (M,), amounts (M,)
