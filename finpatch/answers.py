@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'asked_universe', 'table_answer', 'data_fetch', 'data_outside', 'data_diff', 'data_build', 'verify',
-           'budget', 'power', 'train', 'check_train_words', 'train_answer', 'predict', 'evaluate', 'audit', 'runs',
-           'doctor', 'thermal', 'batch_size']
+           'budget', 'power', 'train', 'pretrain', 'check_train_words', 'train_answer', 'masked_text', 'predict',
+           'evaluate', 'audit', 'runs', 'doctor', 'thermal', 'batch_size']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
 import argparse
@@ -142,8 +142,23 @@ def train(args: argparse.Namespace) -> Answer:
     clock = {"checkpoint_every_s": args.checkpoint_every_s, "is_cooled": not args.no_thermal, "is_tracked": not args.no_tracking}
     if args.resume:
         return train_answer(resume_run(args.run_dir or newest_unfinished(args.runs_dir), args.data_dir, **clock))
-    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision")}
-    config = override(load_experiment_config(args.config), **changes, **clock)
+    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "pretrained")}
+    config = override(load_experiment_config(args.config), **changes, is_frozen=args.probe, **clock)
+    options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
+    options["device"] = args.device or "auto"
+    return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
+
+
+def pretrain(args: argparse.Namespace) -> Answer:
+    "Pre-train one budget on windows without labels, for `train --pretrained` to begin with."
+    from finpatch.memory import reserve_nothing
+
+    reserve_nothing()
+    from finpatch.pretrain import load_pretrain_config
+    from finpatch.run import override, train_run
+
+    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "checkpoint_every_s")}
+    config = override(load_pretrain_config(args.config), **changes, is_cooled=not args.no_thermal)
     options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
     options["device"] = args.device or "auto"
     return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
@@ -151,7 +166,7 @@ def train(args: argparse.Namespace) -> Answer:
 
 def check_train_words(args: argparse.Namespace) -> None:
     "End with status 2 unless `train` says what to train, or `train --resume` leaves it to the run."
-    asked = ("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "micro_batch_size")
+    asked = ("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "micro_batch_size", "pretrained", "probe")
     given = [f"--{k.replace('_', '-')}" for k in asked if getattr(args, k) is not None]
     if args.resume and given:
         args.parser.error(f"a resumed run keeps its own settings; leave out {', '.join(given)}")
@@ -179,7 +194,16 @@ def train_answer(run_dir: Path) -> Answer:
         title += f", resumed from step {result['resumed_from_step']}"
     files = [f"Run: {run_dir}", f"Learning curve: {run_dir / 'learning_curve.png'}"]
     files += [f"Tracked by {name}: {where}" for name, where in tracked_at(run_dir).items()]
+    if result["task"] == "masked":
+        return Answer(result, "\n".join([f"{title}\n\n{masked_text(result)}\n", *files, f"Use it: finpatch train --pretrained {run_dir} …"]))
     return Answer(result, "\n".join([f"{title}\n\n{result_table(result)}\n", *files]))
+
+
+def masked_text(result: dict) -> str:
+    "Say how well hidden patches are filled in."
+    errors = {"model": result["val"]} | {name: split["val"] for name, split in result["baselines"].items()}
+    lines = [f"{name:>13} {e['mse']['value']:>8.4f} ({e['mse']['low']:.4f} to {e['mse']['high']:.4f})" for name, e in errors.items()]
+    return "\n".join(["Mean squared error of what is hidden, on validation, in scaled units:", *lines])
 
 # %% ../nbs/49_answers.ipynb #e8341a2a
 def predict(args: argparse.Namespace) -> Answer:

@@ -118,8 +118,10 @@ class WriteMetrics(Callback):
             os.fsync(stream.fileno())
 
 # %% ../nbs/31_callbacks.ipynb #1a582779
-def val_sharpness(trainer: Trainer) -> float:  # R
-    "Return the spread of the forecasts that the last validation made."
+def val_sharpness(trainer: Trainer) -> float | None:  # R
+    "Return the spread of the forecasts that the last validation made, if it made any."
+    if trainer.split_logits is None:
+        return None
     task, y = trainer.dataset.task, trainer.dataset.y[trainer.dataset.index["val"]].cpu().numpy()
     return sharpness(task.link(trainer.split_logits.numpy()), y, task.kind == "binary")
 

@@ -33,6 +33,7 @@ from .ledger import read_looks, record_look
 from .lock import exclusive
 from .panel import universe_digest
 from .predictions import span_digest
+from .pretrained import find_pretrained, pretrained_path
 from .run import add_session, assemble, execute
 from .samples import check_splits, train_amount
 from .targets import Task
@@ -54,7 +55,7 @@ class Cell:
 CODE = (
     "kinds", "targets", "episodes", "folds", "universe", "panel", "samples", "dataset",  # data
     "model_config", "cost", "budget", "patchtst", "compute",  # model
-    "trainer", "callbacks", "checkpoint", "job", "run", "cell",  # training
+    "trainer", "callbacks", "checkpoint", "job", "pretrained", "run", "cell",  # training
 )  # fmt: skip
 BASELINE_CODE = (*CODE[:8], "tuned", "baselines", "evaluate", "metrics")
 
@@ -102,17 +103,19 @@ class Source:
     def dataset(self, cell: Cell) -> FinancialDataset:
         "Return the dataset of a cell; raise `InputError` where a split is too small."
         c = cell.config
-        key = ("dataset", cell.role, c.dataset, c.task, c.horizon, c.context_length, c.splits, c.panel)
+        key = ("dataset", cell.role, c.dataset, c.task, c.horizon, c.context_length, c.splits, c.panel, pretrained_path(c.model, cell.budget))
         return self.keep(key, lambda: make_dataset(self, cell))
 
 # %% ../nbs/42b_cell.ipynb #ce39b942
 def make_dataset(source: Source, cell: Cell) -> FinancialDataset:
     "Make the dataset of a cell from frames in memory."
     config, frames = cell.config, source.frames(cell.config)
+    before = None if cell.role == "baselines" else find_pretrained(config, cell.budget, source.data_dir, source.entries(config))
+    scaler = before and before.scaler
     if cell.role != "search":
-        return load_dataset(config, source.data_dir, frames=frames)
+        return load_dataset(config, source.data_dir, scaler, frames=frames)
     frames = {k: f.loc[: pd.Timestamp(config.splits.val_end)] for k, f in frames.items()}
-    dataset = load_dataset(config, source.data_dir, is_checked=False, frames=frames)
+    dataset = load_dataset(config, source.data_dir, scaler, is_checked=False, frames=frames)
     check_splits(dataset.samples, dataset.task, ("train", "val"))
     return dataset
 
@@ -138,10 +141,11 @@ def describe_effective(cell: Cell, source: Source) -> dict:
         return parts | {"config": config, "n_trials": cell.n_trials, "code": code_digest(BASELINE_CODE)}
     shape = {"n_features": source.n_features(cell.config), "context_length": cell.config.context_length}
     try:
-        model = asdict(load_patchtst_config(cell.budget, **shape, **asdict(cell.config.model)))
+        model = asdict(load_patchtst_config(cell.budget, **shape, **cell.config.model.architecture))
+        before = find_pretrained(cell.config, cell.budget, source.data_dir, source.entries(cell.config))
     except InputError as error:
-        model = {"refused": str(error)}
-    return parts | {"model": model}
+        model, before = {"refused": str(error)}, None
+    return parts | {"model": model} | ({"pretrained": before.digest} if before else {})
 
 
 def cell_key(cell: Cell, source: Source) -> str:  # 16 hexadecimal digits

@@ -116,7 +116,7 @@ def compute_once(call: Callable, model: nn.Module, x: Tensor, context: Callable)
     with context():
         y = call(x)
     y.float().sum().backward()
-    return [y.detach(), *(p.grad for p in model.parameters())]
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 def check_compiled(model: nn.Module, x: Tensor, precision: str) -> None:

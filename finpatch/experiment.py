@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'SplitsConfig', 'ModelConfig', 'OptimConfig', 'ComputeC
            'load_experiment_config']
 
 # %% ../nbs/14_experiment.ipynb #a11ef888
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class ModelConfig:
     head_dropout: float = 0.0  # Before the head
     channel_mode: str = "mixed"  # "mixed" or "independent"
     revin: bool = False  # Normalise each window by its own mean and deviation
+    pretrained: str | None = None  # Run folder of a pre-training; `{budget}` stands for the budget's name. None: from scratch
+    is_frozen: bool = False  # Train the head alone, a linear probe of what was pre-trained
 
     def __post_init__(self):
         check_range("model.patch_length", self.patch_length, 1)
@@ -56,6 +58,16 @@ class ModelConfig:
         check_range("model.dropout", self.dropout, 0, 0.9)
         check_range("model.head_dropout", self.head_dropout, 0, 0.9)
         check_field("channel_mode", str, self.channel_mode)
+        if self.pretrained is not None and not self.pretrained.strip():
+            raise InputError("`model.pretrained` must be a run folder or null", repr(self.pretrained), "Name it, or leave it out.")
+        if self.is_frozen and self.pretrained is None:
+            rule, fix = "`model.is_frozen` trains the head on a pre-trained encoder", "Name a run in `model.pretrained`."
+            raise InputError(rule, "no `model.pretrained`", fix)
+
+    @property
+    def architecture(self) -> dict[str, object]:  # Fields of `PatchTSTConfig`
+        "Return the settings that shape the model, without those that say where its weights begin."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("pretrained", "is_frozen")}
 
 # %% ../nbs/14_experiment.ipynb #516a4c45
 @dataclass(frozen=True, kw_only=True)

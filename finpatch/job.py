@@ -8,7 +8,6 @@ __all__ = ['log', 'check_lineage', 'make_model_config', 'make_model', 'predict_s
 
 # %% ../nbs/41b_job.ipynb #64b6e07a
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -56,7 +55,7 @@ def check_lineage(
 def make_model_config(config: ExperimentConfig, budget: str, dataset: FinancialDataset) -> PatchTSTConfig:
     "Join what the budget, the experiment and the data say about the model."
     shape = {"n_features": len(dataset.names), "context_length": config.context_length}
-    return load_patchtst_config(budget, **shape, **asdict(config.model))
+    return load_patchtst_config(budget, **shape, **config.model.architecture)
 
 
 def make_model(

@@ -205,7 +205,7 @@ def calendar_days(asked: Asked) -> int:
 # %% ../nbs/44d_power.ipynb #8536408d
 def core_sizes(asked: Asked, n_features: int) -> list[int]:
     "Count the parameters of each budget without patch map, positions and head."
-    shape = {"n_features": n_features, "context_length": asked.context_length} | plain(asked.model)
+    shape = {"n_features": n_features, "context_length": asked.context_length} | asked.model.architecture
     parts = [closed_form(load_patchtst_config(b, **shape)) for b in asked.budgets]
     return [p["encoder"] + p["norm"] for p in parts]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'PACKAGES', 'SAME', 'ENDING', 'new_run_dir', 'open_run_dir', 'read_version', 'read_commit', 'make_record',
-           'recorded', 'comparable', 'check_same', 'is_same_machine', 'weights_sha256', 'digest_files', 'check_files']
+           'recorded', 'comparable', 'check_same', 'is_same_machine', 'weights_sha256', 'stored_scaler', 'digest_files',
+           'check_files']
 
 # %% ../nbs/41a_record.ipynb #f6f901c1
 import hashlib
@@ -32,6 +33,7 @@ from .experiment import ExperimentConfig
 from .features import code_sha256
 from .panel import universe_digest
 from .patchtst import PatchTST
+from .samples import Scaler
 
 log = logging.getLogger("finpatch")
 
@@ -130,14 +132,16 @@ def recorded(run_dir: Path, config: ExperimentConfig, record: dict) -> Iterator[
     write_json(run_dir / "run.json", record | outcome | {"ended_utc": utc_now()})
 
 # %% ../nbs/41a_record.ipynb #8c5b30a6
-SAME = ("config", "budget", "model", "feature_names", "code_sha256", "scaler", "universe", "micro_batch_size", "lineage")
+SAME = ("config", "budget", "model", "feature_names", "code_sha256", "scaler", "universe", "micro_batch_size", "lineage", "pretrained")
 
 
 def comparable(record: dict) -> dict:
-    "Reduce the lineage to digests; give a record from before a section of the config existed its defaults."
+    "Reduce the lineage to digests; give a record from before a section or a model setting existed its defaults."
     lineage = {f"{e['dataset_id']} v{e['version']}": e["content_sha256"] for e in record["lineage"]}
     made = {f.name: plain(f.default_factory()) for f in fields(ExperimentConfig) if f.default_factory is not MISSING}
-    return json.loads(json.dumps(record | {"lineage": lineage, "config": made | record["config"]}))
+    config = made | record["config"]
+    config |= {"model": made["model"] | config["model"]}
+    return json.loads(json.dumps(record | {"lineage": lineage, "config": config}))
 
 
 def check_same(old: dict, new: dict) -> None:
@@ -174,6 +178,13 @@ def weights_sha256(path: Path | str) -> str:
         digest.update(name.encode() + b"\0" + str(value.dtype).encode() + json.dumps(list(value.shape)).encode())
         digest.update(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"), copy=False)).tobytes())
     return digest.hexdigest()
+
+# %% ../nbs/41a_record.ipynb #5c41e2a1
+def stored_scaler(record: dict) -> Scaler:
+    "Return the scaler of a run."
+    kept = record["scaler"]
+    mean, std = (np.array(kept[k]) for k in ("mean", "std"))
+    return Scaler(tuple(record["feature_names"]), mean, std, kept["clip"], tuple(kept.get("symbols", ())))
 
 # %% ../nbs/41a_record.ipynb #5a9db7f0
 ENDING = ("status", "error", "ended_utc", "stop_reason", "step", "resumed_from_step")  # What the end of a run writes into its record

@@ -36,7 +36,7 @@ def describe_run(run_dir: Path | str) -> dict[str, object]:
     row = {"run_dir": str(run_dir)} | row
     try:
         record = read_record(run_dir)
-        row |= {"status": record["status"]} | {k: record[k] for k in ("budget", "n_params", "started_utc", "trackers") if k in record}
+        row |= {"status": record["status"]} | {k: record[k] for k in ("budget", "n_params", "started_utc", "trackers", "task") if k in record}
         row |= {k: v for k, v in record.get("config", {}).items() if k in ("task", "horizon", "seed")}
         if row["status"] == "running" and not is_training(run_dir):
             row["status"] = "killed"
