@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from finpatch.callbacks import default_callbacks
+from finpatch.callbacks import EarlyStop, Schedule, default_callbacks
 from finpatch.checkpoint import Checkpoint
 from finpatch.compute import recompute, set_up
 from finpatch.config import dump_yaml, load_yaml, parse_config, plain
@@ -28,6 +28,7 @@ from finpatch.experiment import (
     load_experiment_config,
 )
 from finpatch.panel import PanelConfig
+from finpatch.pretrain import MaskedTrainer, PretrainConfig, load_masked, make_masked_model
 from finpatch.run import make_model, override, resume_run, train_run
 from finpatch.sensors import Reading
 from finpatch.targets import Task
@@ -48,6 +49,15 @@ BASE = ExperimentConfig(
         train_end=DAYS[499].date(), val_end=DAYS[799].date(), test_end=DAYS[1099].date(), max_context=30
     ),
     optim=OptimConfig(lr=1e-3, epochs=2, warmup_steps=4, patience=None),
+)
+MASKED = PretrainConfig(
+    seed=0,
+    dataset=("A.dataset.toy", "B.dataset.toy"),
+    context_length=20,
+    end=DAYS[499].date(),
+    val_sessions=100,
+    model=ModelConfig(patch_length=5, stride=5),
+    optim=BASE.optim,
 )
 CPU = torch.device("cpu")
 CHANGES = {
@@ -96,6 +106,24 @@ HEAT = {
     "thermal.required": True,
 }
 PANEL = {"panel.scaler": "per_symbol", "panel.universe": "a file with spans", "panel.min_symbols": 3, "panel.train_symbols": 2}
+BEGIN = {"model.pretrained", "model.is_frozen"}  # test_pretrain: where the weights begin, and which of them move
+PRETRAIN = {
+    "seed": 1,
+    "dataset": ("A.dataset.toy",),
+    "context_length": 25,
+    "end": DAYS[450].date(),
+    "start": DAYS[60].date(),
+    "val_sessions": 80,
+    "mask_ratio": 0.7,
+    "model.patch_length": 4,
+    "model.dropout": 0.3,
+    "model.head_dropout": 0.3,
+    "model.channel_mode": "independent",
+    "model.revin": True,
+    "panel.scaler": "per_symbol",
+    "panel.universe": "a file with spans",
+    **{k: v for k, v in CHANGES.items() if k.startswith(("optim.", "compute.")) and k != "compute.checkpoint_every_s"},
+}
 TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
 
 
@@ -189,10 +217,10 @@ def panel_outcome(config: ExperimentConfig) -> tuple:
     return len(data.samples), data.samples["y"].sum(), data.x.sum().item()
 
 
-def all_fields() -> set[str]:
+def all_fields(config=BASE) -> set[str]:
     names = set()
-    for f in dataclasses.fields(ExperimentConfig):
-        owner = getattr(BASE, f.name)
+    for f in dataclasses.fields(config):
+        owner = getattr(config, f.name)
         nested = dataclasses.is_dataclass(owner)
         names |= {f"{f.name}.{g.name}" for g in dataclasses.fields(owner)} if nested else {f.name}
     return names
@@ -204,9 +232,12 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | {
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | BEGIN | {
         "dataset"
     }  # dataset: test_integration
+    elsewhere = {"thermal", "model.stride", "panel.min_symbols", "compute.checkpoint_every_s"}
+    asked = {k for k in all_fields(MASKED) if k not in BEGIN and not k.startswith("thermal.")} | {"thermal"}
+    assert asked == set(PRETRAIN) | elsewhere  # by the one path to a run; a stride is its patch length; no label, no peers
 
 
 def test_the_same_config_gives_the_same_outcome(base, tmp_path):
@@ -243,6 +274,46 @@ def test_changing_a_field_of_the_panel_changes_its_samples_labels_or_rows(key, t
         value = str(tmp_path / "own.csv")
     assert panel_outcome(changed(base, key, value)) != panel_outcome(base)
     assert panel_outcome(base) == panel_outcome(base)
+
+
+def masked_outcome(config: PretrainConfig) -> tuple:
+    "Pre-train and return what a reader would see: windows, weights, steps, the validation error, effective settings."
+    rng, frames = np.random.default_rng(0), {}
+    for i, symbol in enumerate("AB"):
+        wave = np.sin(np.arange(len(DAYS))[:, None] / 4 + i + np.arange(3)) + rng.normal(i, 0.3, size=(len(DAYS), 3))
+        frames[symbol] = pd.DataFrame(wave.astype(np.float32), index=DAYS, columns=list("abc")).assign(Close=1.0)
+    data = load_masked(config, frames=frames)
+    model = make_masked_model(config, "10k", data)
+    x, _ = data.batch(data.index["train"][: config.optim.global_batch_size])
+    effective = set_up(model, config.compute, x, CPU, backend="eager")
+    callbacks = [Schedule(), EarlyStop(config.optim.patience)]
+    options = {"seed": config.seed, "precision": effective["precision"], "callbacks": callbacks}
+    trainer = MaskedTrainer(model, data, config.optim, **options).fit()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).sum().item()
+    return weights, trainer.step, trainer.val_loss, len(data.samples), data.x.sum().item(), *effective.items()
+
+
+@pytest.fixture(scope="module")
+def masked_base():
+    return masked_outcome(MASKED)
+
+
+@pytest.mark.parametrize("key", PRETRAIN)
+def test_changing_a_field_of_a_pre_training_changes_the_outcome(key, masked_base, tmp_path):
+    config, reference, value = changed(MASKED, key, PRETRAIN[key]), masked_base, PRETRAIN[key]
+    if key == "model.patch_length":
+        config = changed(MASKED, "model", ModelConfig(patch_length=value, stride=value))
+    if key == "panel.universe":
+        (tmp_path / "own.csv").write_text(f"symbol,from,to\nA,,\nB,{DAYS[300].date()},\n")
+        config = changed(MASKED, key, str(tmp_path / "own.csv"))
+    if key == "optim.patience":
+        config = changed(changed(config, "optim.epochs", 20), "optim.lr", 5e-2)
+        reference = masked_outcome(changed(config, key, None))
+    assert masked_outcome(config) != reference
+
+
+def test_the_same_pre_training_gives_the_same_outcome(masked_base):
+    assert masked_outcome(MASKED) == masked_base
 
 
 class Caught(Exception):

@@ -2,7 +2,7 @@
 
 This proves coverage, that every operation has a kernel; not values, which `finpatch doctor` checks on a Mac."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_every_shipped_experiment_has_kernels_for_a_whole_step(name, precision):
     shape = {"n_features": len(feature_names(config.tier)), "context_length": config.context_length}
     optim = replace(config.optim, epochs=1, max_steps=1, global_batch_size=4)
     kind = Task(config.task, horizon=config.horizon).kind
-    coverage = cover(load_patchtst_config("20k", **shape, **asdict(config.model)), kind, optim, precision=precision)
+    coverage = cover(load_patchtst_config("20k", **shape, **config.model.architecture), kind, optim, precision=precision)
     assert coverage.findings == []
     assert STEP | {"bernoulli_.float", "index.Tensor"} <= set(coverage.ops)  # recorded, not skipped
     assert LOSS[kind] in coverage.ops
