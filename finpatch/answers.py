@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'asked_universe', 'table_answer', 'data_fetch', 'data_outside', 'data_diff', 'data_build', 'verify',
-           'budget', 'power', 'train', 'pretrain', 'check_train_words', 'train_answer', 'masked_text', 'predict',
+           'budget', 'power', 'train', 'check_train_words', 'pretrain', 'train_answer', 'masked_text', 'predict',
            'evaluate', 'audit', 'runs', 'doctor', 'thermal', 'batch_size']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
@@ -149,6 +149,16 @@ def train(args: argparse.Namespace) -> Answer:
     return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
 
 
+def check_train_words(args: argparse.Namespace) -> None:
+    "End with status 2 unless `train` says what to train, or `train --resume` leaves it to the run."
+    asked = ("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "micro_batch_size", "pretrained", "probe")
+    given = [f"--{k.replace('_', '-')}" for k in asked if getattr(args, k) is not None]
+    if args.resume and given:
+        args.parser.error(f"a resumed run keeps its own settings; leave out {', '.join(given)}")
+    if not args.resume and not (args.config and args.budget):
+        args.parser.error("the following arguments are required: --config, --budget")
+
+# %% ../nbs/49_answers.ipynb #9d0a7c32
 def pretrain(args: argparse.Namespace) -> Answer:
     "Pre-train one budget on windows without labels, for `train --pretrained` to begin with."
     from finpatch.memory import reserve_nothing
@@ -162,16 +172,6 @@ def pretrain(args: argparse.Namespace) -> Answer:
     options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
     options["device"] = args.device or "auto"
     return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
-
-
-def check_train_words(args: argparse.Namespace) -> None:
-    "End with status 2 unless `train` says what to train, or `train --resume` leaves it to the run."
-    asked = ("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "micro_batch_size", "pretrained", "probe")
-    given = [f"--{k.replace('_', '-')}" for k in asked if getattr(args, k) is not None]
-    if args.resume and given:
-        args.parser.error(f"a resumed run keeps its own settings; leave out {', '.join(given)}")
-    if not args.resume and not (args.config and args.budget):
-        args.parser.error("the following arguments are required: --config, --budget")
 
 # %% ../nbs/49_answers.ipynb #4155e7f4
 def train_answer(run_dir: Path) -> Answer:
@@ -198,7 +198,7 @@ def train_answer(run_dir: Path) -> Answer:
         return Answer(result, "\n".join([f"{title}\n\n{masked_text(result)}\n", *files, f"Use it: finpatch train --pretrained {run_dir} …"]))
     return Answer(result, "\n".join([f"{title}\n\n{result_table(result)}\n", *files]))
 
-
+# %% ../nbs/49_answers.ipynb #9d0a7c33
 def masked_text(result: dict) -> str:
     "Say how well hidden patches are filled in."
     errors = {"model": result["val"]} | {name: split["val"] for name, split in result["baselines"].items()}

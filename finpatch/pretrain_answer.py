@@ -86,7 +86,7 @@ def train_arm(arm: str, data: FinancialDataset, encoder: Path, seed: int, folder
     y, p = data.y[test].numpy(), data.task.link(predict_logits(model, data, data.row[test]).numpy())
     return {"log_loss": float(losses(y, p, True).mean()), "auc": float(auc_influence(y, p)[0])}
 
-# %% ../nbs/48b_pretrain_answer.ipynb #30acd63a
+# %% ../nbs/48b_pretrain_answer.ipynb #50255bb6
 def compare(
     kind: str,  # shared | noise
     seed: int,  # Decides the panel, the weights and the order of samples
@@ -106,7 +106,7 @@ def compare(
     filled_in = judged["skill"]["training_mean"]["val"]["value"]
     return pd.DataFrame(rows).assign(kind=kind, seed=seed, filled_in=filled_in)
 
-# %% ../nbs/48b_pretrain_answer.ipynb #804d2a9e
+# %% ../nbs/48b_pretrain_answer.ipynb #6ee06b22
 def paired(
     table: pd.DataFrame,  # Rows of `compare` for several seeds of one kind
     arm: str,

@@ -125,8 +125,7 @@ def execute(
 ) -> Path:
     "Train until the end or a pause, and judge what was finished."
     began, optim, folder = time.monotonic(), job.config.optim, run_dir / "checkpoints"
-    every_s, thermal = checkpoint_every_s, job.config.thermal if is_cooled else None
-    every_s = job.config.compute.checkpoint_every_s if every_s is None else every_s
+    every_s = job.config.compute.checkpoint_every_s if checkpoint_every_s is None else checkpoint_every_s
     check_disk(job.record["n_params"], run_dir)
     appended = (run_dir / "metrics.jsonl", run_dir / "thermal.jsonl")
     effective = [job.record, *job.record.get("sessions", [])][-1]["effective"]  # of this session
@@ -134,11 +133,9 @@ def execute(
     kept = [PauseOnSignal(run_dir / "STOP"), Checkpoint(folder, every_s, appended), *callbacks]
     options = {"seed": job.config.seed, "device": job.device, "micro_batch_size": job.record["micro_batch_size"]}
     options["precision"] = effective["precision"]
-    callbacks = default_callbacks(run_dir, optim, is_progress_shown) + kept
-    tracking = tracked(job.config, run_dir, job.record, is_tracked)
-    cooled, recording = watched(thermal, appended[1], effective), recorded(run_dir, job.config, job.record)
-    is_masked = isinstance(job.config, PretrainConfig)
-    make_trainer, conclude = (MaskedTrainer, finish_masked) if is_masked else (Trainer, conclude)
+    callbacks, tracking = default_callbacks(run_dir, optim, is_progress_shown) + kept, tracked(job.config, run_dir, job.record, is_tracked)
+    cooled, recording = watched(job.config.thermal if is_cooled else None, appended[1], effective), recorded(run_dir, job.config, job.record)
+    make_trainer = MaskedTrainer if isinstance(job.config, PretrainConfig) else Trainer
     with cooled as heat, exclusive(folder, timeout_s=1), tracking as tracker, recording as ended:
         trainer = make_trainer(job.model, job.dataset, optim, callbacks=[*callbacks, *heat, tracker], **options)
         resumed_from = load_checkpoint(trainer, folder, appended)
@@ -147,6 +144,7 @@ def execute(
             ended |= {"status": "stopped", "stop_reason": trainer.stop_reason, "step": trainer.step}
             ended["resumed_from_step"] = resumed_from or None
             return run_dir
+        conclude = finish_masked if make_trainer is MaskedTrainer else conclude
         result = conclude(run_dir, trainer, job.config, job.budget, job.data_dir, resumed_from or None)
         result |= {k: job.record[k] for k in ("n_params", "n_windows")} | {"wall_s": time.monotonic() - began}
         write_json(run_dir / "result.json", result | {"is_bitwise": job.record.get("is_bitwise", True)})

@@ -493,35 +493,26 @@ def test_shipped_pre_trainings_build_and_end_before_the_study_that_takes_them_up
 # Does it help where it should?
 
 
-@pytest.fixture(scope="module")
-def answers():
-    "Five draws of each kind: seeds 0 to 4, none chosen."
-    return {kind: pd.concat([compare(kind, seed) for seed in range(5)]) for kind in ("shared", "noise")}
+def test_pre_training_beats_scratch_where_symbols_share_what_the_label_follows_and_gains_nothing_on_noise():
+    """Five draws of each kind, seeds 0 to 4, none chosen; each interval is of the difference within a draw.
 
-
-def test_pre_training_beats_scratch_where_symbols_share_what_the_label_follows(answers):
-    "Each interval is of the difference within a draw. Measured on eight draws: -0.10 nats tuned, -0.10 probed."
-    shared = answers["shared"]
+    Measured on eight draws: -0.105 nats tuned, -0.089 probed; on noise -0.001 and -0.002. One test, so that workers do
+    not train it twice.
+    """
+    shared = pd.concat([compare("shared", seed) for seed in range(5)])
+    noise = pd.concat([compare("noise", seed, ("scratch", "tuned", "probe")) for seed in range(5)])
+    gain = {}
     for arm in ("tuned", "probe"):
         loss, auc = paired(shared, arm), paired(shared, arm, metric="auc")
+        gain[arm] = loss.value
         assert loss.high < 0 and loss.value < -0.05, (arm, loss)
         assert auc.low > 0 and auc.value > 0.03, (arm, auc)
-    assert (shared["filled_in"] > 0).all()  # hidden values can be told from visible ones
-
-
-def test_a_probe_of_what_was_pre_trained_beats_a_probe_of_random_weights(answers):
-    found = paired(answers["shared"], "probe", "random_probe")
-    assert found.high < 0 and found.value < -0.05, found
-
-
-def test_pre_training_gains_nothing_where_there_is_nothing_to_learn(answers):
-    "Less than a tenth of the gain above, in loss and AUC; and nobody is better than a coin."
-    noise, gain = answers["noise"], paired(answers["shared"], "tuned").value
-    for arm in ("tuned", "probe"):
-        assert abs(paired(noise, arm).value) < 0.1 * abs(gain), (arm, paired(noise, arm))
-        auc = paired(noise, arm, metric="auc")
-        assert auc.low < 0 < auc.high or abs(auc.value) < 0.01, (arm, auc)
-        chance = noise.loc[noise["arm"] == arm, "auc"]
-        assert abs(chance.mean() - 0.5) < 0.02
+    probes = paired(shared, "probe", "random_probe")  # what the head reads was learnt before, it is not the architecture
+    assert probes.high < 0 and probes.value < -0.05, probes
+    assert (shared["filled_in"] > 0).all() and (noise["filled_in"] < 0.001).all()  # hidden values can be told, or cannot
+    for arm in ("tuned", "probe"):  # less than a tenth of the gain, no gain in AUC that is not chance, nobody beats a coin
+        loss, auc = paired(noise, arm), paired(noise, arm, metric="auc")
+        assert abs(loss.value) < 0.1 * abs(gain[arm]), (arm, loss)
+        assert abs(auc.value) < 0.02 and (auc.low < 0 < auc.high or abs(auc.value) < 0.01), (arm, auc)
     assert (noise.groupby("arm")["log_loss"].mean() > np.log(2) - 0.001).all()
-    assert (noise["filled_in"] < 0.001).all()
+    assert (abs(noise.groupby("arm")["auc"].mean() - 0.5) < 0.02).all()
