@@ -101,8 +101,6 @@ def check_fits(before: Pretrained, config: ExperimentConfig, budget: str, entrie
         if (ours := wanted[name]) != (theirs := before.record["model"][name]):
             fix = f"Name a pre-training of budget {budget}, e.g. by `{{budget}}` in `model.pretrained`."
             raise InputError(rule, f"`{name}` {ours}, not {theirs}, {at}", f"Use the same `model.{name}`." if name in set_here else fix)
-    for symbol in config.symbols:
-        before.scaler.of(symbol)
 
 # %% ../nbs/41d_pretrained.ipynb #d2046bbd
 def check_rests(before: Pretrained, data_dir: Path | str) -> None:
