@@ -8,7 +8,7 @@ __all__ = ['PretrainConfig', 'load_pretrain_config', 'span_rows', 'load_masked',
 
 # %% ../nbs/41c_pretrain.ipynb #a703a25a
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_tiers(self.dataset)
+        check_range("panel.train_symbols", self.panel.train_symbols, 1, len(self.dataset))
         check_range("seed", self.seed, 0, 2**32 - 1)
         check_range("context_length", self.context_length, 2 * self.model.patch_length)
         check_range("mask_ratio", self.mask_ratio, 0, 0.9, is_open=True)
@@ -97,6 +98,7 @@ def load_masked(
     counts, rows, names = membership(config.panel), [], None
     for symbol, name in zip(config.symbols, config.dataset, strict=True):
         item, found = span_rows(symbol, frames[symbol] if frames else load_frame(data_dir, name), config, counts)
+        item = replace(item, is_trained=config.symbols.index(symbol) < (config.panel.train_symbols or len(config.symbols)))
         if names not in (None, found):
             raise InputError("all symbols must have the same features in one order", name, "Build them again, in one tier.")
         names, rows = found, rows + [item] * (len(item.x) > 0)

@@ -29,7 +29,7 @@ def unlabelled_ends(
     t = np.arange(context_length - 1, len(rows.sessions))
     t = t if rows.is_member is None else t[rows.is_member[t]]
     begins, ends = rows.sessions[t - context_length + 1], rows.sessions[t]
-    return [t[ends < first_val], t[begins >= first_val]]
+    return [t[(ends < first_val) & rows.is_trained], t[begins >= first_val]]
 
 
 def unlabelled_samples(

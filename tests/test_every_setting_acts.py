@@ -122,6 +122,7 @@ PRETRAIN = {
     "model.revin": True,
     "panel.scaler": "per_symbol",
     "panel.universe": "a file with spans",
+    "panel.train_symbols": 1,
     **{k: v for k, v in CHANGES.items() if k.startswith(("optim.", "compute.")) and k != "compute.checkpoint_every_s"},
 }
 TRACKED = {"wandb_project": ("wandb", "p"), "mlflow_experiment": ("mlflow", "m")}  # test_tracking reads them back
