@@ -134,7 +134,8 @@ def show_run(run: Run | Path | str) -> Shown:
     record, result = read_record(run_dir), read_json(run_dir / "result.json") if is_done(run_dir) else {}
     config = record.get("config", {})
     text = f"{run_dir.name}: {record['status']}, budget {record['budget']}, {record['n_params']:,} parameters"
-    text += f", {config['task']}.h{config['horizon']}, seed {config['seed']}" if config else ""
+    task = f"{config['task']}.h{config['horizon']}" if "task" in config else record.get("task")  # a pre-training has none
+    text += f", {task}, seed {config['seed']}" if config else ""
     rows = read_trace(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
     body = [f"<p>{escape(text)}</p>"]
     if rows:

@@ -36,6 +36,7 @@ from finpatch.plan import load_study_config
 from finpatch.pretrain import PretrainConfig, load_masked, load_pretrain_config
 from finpatch.pretrain_answer import compare, paired
 from finpatch.run import load_run, resume_run, train_run
+from finpatch.show import show
 from finpatch.status import is_done
 from finpatch.trainer import Callback
 
@@ -410,6 +411,7 @@ def test_a_run_does_not_go_on_with_weights_that_were_exchanged(before, data_dir,
 def test_a_pre_training_forecasts_nothing_and_needs_patches_that_do_not_overlap(before, data_dir, tmp_path):
     with pytest.raises(InputError, match="got a pre-training in"):
         load_run(before, None)
+    assert "masked, seed 0" in str(show(before))
     with pytest.raises(InputError, match="must not overlap"):
         go(replace(PRE, model=replace(MODEL, stride=4)), tmp_path / "run", data_dir)
     padded = tmp_path / "padded.yaml"
