@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'OPTIM', 'SEARCH_SEED', 'RIGHT', 'N_STEPS', 'train_model', 'train_size', 'choose_rate', 'best_linear',
-           'Ladder', 'train_ladder', 'ask', 'as_frames', 'enough_epochs', 'train_part', 'train_surface', 'known_answer']
+           'Ladder', 'train_ladder', 'ask', 'as_frames', 'whole_schedule', 'train_part', 'train_surface',
+           'known_answer']
 
 # %% ../nbs/48_known_answers.ipynb #60d41b90
 import math
@@ -143,25 +144,27 @@ def as_frames(series: Series) -> tuple[pd.DataFrame, pd.Series]:  # Features by 
     return pd.DataFrame(series.x, days, series.names), pd.Series(np.append(series.returns[1:], np.nan), days)
 
 # %% ../nbs/48_known_answers.ipynb #ef544c3e
-N_STEPS = 4000
+N_STEPS = 2400
 
 
-def enough_epochs(optim: OptimConfig, n_train: int) -> OptimConfig:
-    "Lengthen training where an epoch is short, and patience with it."
-    epochs = max(optim.epochs, math.ceil(N_STEPS / math.ceil(n_train / optim.global_batch_size)))
-    return replace(optim, epochs=epochs, patience=max(optim.patience, epochs // 10))
+def whole_schedule(optim: OptimConfig, n_train: int, n_steps: int = N_STEPS) -> OptimConfig:
+    "Take as many steps on any amount of data, and never stop before the last."
+    epochs = math.ceil(n_steps / math.ceil(n_train / optim.global_batch_size))
+    return replace(optim, epochs=epochs, patience=epochs)
 
 
 def train_part(
     series: Series,
     optim: OptimConfig,
+    n_steps: int,
     model: dict[str, object],  # Fields of `PatchTSTConfig`
     part: tuple[int, str, int],  # Rows of training, size, seed
 ) -> tuple[int, np.ndarray]:  # As `train_size`
     "Train one size on the last rows before validation."
     n_train, budget, seed = part
     dataset = FinancialDataset.from_arrays(series.x, series.y, kind="binary", context_length=CONTEXT, n_train=n_train)
-    return train_size(dataset, budget, seed, enough_epochs(optim, n_train), **model)
+    optim = whole_schedule(optim, n_train, n_steps)
+    return train_size(dataset, budget, seed, optim, **model)
 
 
 def train_surface(
@@ -170,12 +173,13 @@ def train_surface(
     amounts: tuple[int, ...],  # Rows of training
     n_seeds: int = 2,
     optim: OptimConfig = OPTIM,
+    n_steps: int = N_STEPS,
     each: Callable = map,  # Calls a function on each part, e.g. in several processes
     **model: object,  # Fields of `PatchTSTConfig`
 ) -> Surface:
     "Train every size on every amount of data with every seed."
     parts = list(product(amounts, budgets, range(n_seeds)))
-    done = dict(zip(parts, each(partial(train_part, series, optim, model), parts), strict=True))
+    done = dict(zip(parts, each(partial(train_part, series, optim, n_steps, model), parts), strict=True))
     losses = [[np.stack([done[n, b, s][1] for s in range(n_seeds)]) for b in budgets] for n in amounts]
     return make_surface(losses, [done[amounts[0], b, 0][0] for b in budgets], amounts)
 
