@@ -267,7 +267,7 @@ def resume_run(
     add_session(job, old)
     return execute(job, run_dir, is_progress_shown, **options)
 
-
+# %% ../nbs/42_run.ipynb #0fdb7902
 def add_session(job: Job, old: dict) -> None:
     "Put what an unfinished run has been through into the record of the job that goes on with it."
     is_bitwise = is_same_machine(old, job.record) and old.get("is_bitwise", True)

@@ -164,6 +164,10 @@ class Requests:
         if self.stop_reason is None:
             self.stop_reason, self.is_paused = reason, True
 
+    def evaluate(self, split: str) -> float:
+        "Return the loss of a split, as `close_epoch` asks for it; pre-training answers in its own way."
+        return mean_loss(self, split)
+
     def autocast(self) -> AbstractContextManager:
         "Return the context of a forward pass in the precision in effect."
         return autocast(self.device, self.precision)
@@ -206,9 +210,6 @@ class Trainer(Requests):
         finally:
             self.emit("after_fit")
         return self
-
-    def evaluate(self, split: str) -> float:  # What `close_epoch` asks; pre-training answers in its own way
-        return mean_loss(self, split)
 
     is_over = property(lambda self: self.stop_reason is not None or self.step >= self.n_steps)
 
