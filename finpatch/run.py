@@ -36,8 +36,7 @@ from .memory import own_limit_gib, steady_memory
 from .patchtst import PatchTST, PatchTSTConfig
 from .pretrain import MaskedTrainer, PretrainConfig, describe_masked, finish_masked, load_masked, make_masked_model
 from .pretrained import begin_with, find_pretrained
-from .record import check_files, check_same, is_same_machine, make_record
-from .record import new_run_dir, open_run_dir, recorded, stored_scaler, weights_sha256
+from .record import check_files, check_same, is_same_machine, make_record, new_run_dir, open_run_dir, recorded, stored_scaler, weights_sha256
 from .status import is_done, newest_unfinished, read_record
 from .targets import Task
 from .thermal import watched
