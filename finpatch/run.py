@@ -218,7 +218,7 @@ class Run:
     def result(self) -> dict:
         return read_json(self.path / "result.json")
 
-
+# %% ../nbs/42_run.ipynb #46cfca9b
 def load_run(
     run_dir: Path | str,
     data_dir: Path | str | None = "data",  # None: without the dataset
