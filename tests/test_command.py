@@ -216,10 +216,12 @@ def test_train_predict_evaluate_and_the_ledger(run, tmp_path):
 
 
 def test_make_run_works_on_a_fresh_clone(tmp_path):
-    "Every command of the recipe, where only the manifests are there; the study is estimated, not trained."
+    "Every command of the recipe, where only the manifests are there, as committed; the study is estimated, not trained."
     for kind in ("raw", "processed"):
         (tmp_path / "data" / kind).mkdir(parents=True)
-        shutil.copy(ROOT / "data" / kind / "manifest.json", tmp_path / "data" / kind)
+        name = f"data/{kind}/manifest.json"
+        committed = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=True).stdout
+        (tmp_path / name).write_bytes(committed)
     recipe = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [shlex.split(line)[1:] for line in recipe.splitlines() if "/finpatch " in line]
     assert [words[0] for words in commands] == ["data", "data", "study"]
