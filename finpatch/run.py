@@ -172,6 +172,9 @@ def train_run(
     budget = str(budget)
     check_trackers(config, options.get("is_tracked", True))
     if micro_batch_size == "auto":
+        if isinstance(config, PretrainConfig):
+            rule = "`--micro-batch-size auto` measures the model of a task, and a masked one keeps more"
+            raise InputError(rule, "a pre-training", "Give a number of windows.")
         micro_batch_size = partial(choose_micro_batch, store_dir=runs_dir, is_progress_shown=is_progress_shown)
     job = prepare(config, budget, data_dir, device, micro_batch_size)
     run_dir = open_run_dir(run_dir) if run_dir else new_run_dir(runs_dir, name or config.task, budget, config.seed)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pausing import PauseIn
 from safetensors.torch import load_file, save_file
 
 import finpatch
@@ -120,7 +121,7 @@ def test_nothing_after_the_end_changes_a_bit_of_the_weights(before, data_dir, tm
         ours, theirs = read_json(run / "run.json"), read_json(before / "run.json")
         assert ours["lineage"] != theirs["lineage"] and ours["scaler"] == theirs["scaler"]
         assert ours["last_session"] == theirs["last_session"] == str(END)
-    assert go(replace(PRE, end=DAYS[row - 1].date()), tmp_path / "earlier", data_dir)
+    go(replace(PRE, end=DAYS[row - 1].date()), tmp_path / "earlier", data_dir)
     assert read_json(tmp_path / "earlier/result.json")["weights_sha256"] != read_json(before / "result.json")["weights_sha256"]
 
 
@@ -168,21 +169,6 @@ def test_validation_hides_the_same_patches_whatever_training_has_drawn(before, d
 
 
 # The same run
-
-
-class PauseIn(Callback):
-    "Ask for a pause when an event comes for the n-th time."
-
-    order = 1
-
-    def __init__(self, event, n):
-        self.n = n
-        setattr(self, event, self.count)
-
-    def count(self, trainer):
-        self.n -= 1
-        if self.n == 0:
-            trainer.request_pause("asked")
 
 
 def assert_same(run_dir, whole):
@@ -412,6 +398,9 @@ def test_a_pre_training_forecasts_nothing_and_needs_patches_that_do_not_overlap(
     with pytest.raises(InputError, match="got a pre-training in"):
         load_run(before, None)
     assert "masked, seed 0" in str(show(before))
+    with pytest.raises(InputError, match="`--micro-batch-size auto` measures the model of a task"):
+        go(PRE, tmp_path / "auto", data_dir, micro_batch_size="auto")
+    assert not (tmp_path / "auto").exists()
     with pytest.raises(InputError, match="must not overlap"):
         go(replace(PRE, model=replace(MODEL, stride=4)), tmp_path / "run", data_dir)
     padded = tmp_path / "padded.yaml"

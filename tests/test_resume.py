@@ -22,6 +22,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from pausing import PauseIn
 
 from finpatch.checkpoint import Checkpoint
 from finpatch.cli import main
@@ -124,21 +125,6 @@ def test_a_stop_at_the_end_of_an_epoch_changes_nothing(step, data_dir, whole, tm
     path = train_run(CONFIG, "10k", run_dir=tmp_path / "run", callbacks=(PauseAt(step),), **options)
     resume_run(path, **options)
     assert_same(path, whole)
-
-
-class PauseIn(Callback):
-    "Ask for a pause when an event comes for the n-th time."
-
-    order = 1
-
-    def __init__(self, event, n):
-        self.n = n
-        setattr(self, event, self.count)
-
-    def count(self, trainer):
-        self.n -= 1
-        if self.n == 0:
-            trainer.request_pause("asked")
 
 
 def test_a_stop_inside_a_step_a_validation_or_the_last_one_changes_nothing(data_dir, tmp_path):
