@@ -54,7 +54,7 @@ class Cell:
 # %% ../nbs/42b_cell.ipynb #a51402bb
 CODE = (
     "kinds", "targets", "episodes", "folds", "universe", "panel", "samples", "dataset",  # data
-    "model_config", "cost", "budget", "patchtst", "compute",  # model
+    "model_config", "fast", "cost", "budget", "patchtst", "compute",  # model
     "trainer", "callbacks", "checkpoint", "job", "pretrained", "run", "cell",  # training
 )  # fmt: skip
 BASELINE_CODE = (*CODE[:8], "tuned", "baselines", "evaluate", "metrics")

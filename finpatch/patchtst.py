@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError
+from .fast import attention, drop
 from .model_config import PatchTSTConfig
 
 # %% ../nbs/20_patchtst.ipynb #f6af94aa
@@ -79,11 +80,11 @@ def attention_weights(
 def attend(
     q: Tensor, k: Tensor, v: Tensor,  # Each (B, H, N, D/H), contiguous
     dropout: float = 0.0,  # Rate on the weights; 0 outside training
-    fused: bool = True,  # Use torch's fused kernel
+    fused: bool = True,  # Take the way that is fastest here
 ) -> Tensor:  # (B, H, N, D/H)
     "Average the values by attention weight."
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return attention(q, k, v, dropout)
     return F.dropout(attention_weights(q, k), dropout) @ v
 
 # %% ../nbs/20_patchtst.ipynb #caa47109
@@ -101,9 +102,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: PatchTSTConfig, fused: bool = True):
         super().__init__()
-        self.n_heads, self.n_patches, self.dropout = config.n_heads, config.n_patches, config.dropout
+        self.n_heads, self.n_patches, self.dropout, self.fused = config.n_heads, config.n_patches, config.dropout, fused
         self.qkv, self.out = nn.Linear(config.d_model, 3 * config.d_model), nn.Linear(config.d_model, config.d_model)
-        self.fused = fused
 
     def heads(self, h: Tensor) -> Tensor:  # (3, B·C, H, N, D/H): queries, keys, values
         "Project rows and split them into heads."
@@ -135,7 +135,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention = Attention(config, fused)
         self.up, self.down = nn.Linear(config.d_model, config.d_ff), nn.Linear(config.d_ff, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.rate, self.fused = config.dropout, fused
+
+    dropout = lambda self, h: drop(h, self.rate if self.training else 0.0, self.fused)
 
     def feed_forward(self, h: Tensor) -> Tensor:  # (R, D)
         "Transform each patch by itself."
@@ -166,7 +168,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: PatchTSTConfig, fused: bool = True):
         super().__init__()
-        self.config = c = config
+        self.config, self.fused, c = config, fused, config
         self.patching = nn.Linear(c.patch_length * c.n_features // c.n_channels, c.d_model)
         self.positions = make_positions(c)
         self.encoder = nn.ModuleList(Block(c, fused) for _ in range(c.n_layers))
@@ -176,7 +178,7 @@ class Encoder(nn.Module):
     def embed(self, x: Tensor) -> Tensor:  # (R, D)
         "Turn windows (B, T, F) into rows that know their position."
         h = self.patching(make_patches(x, self.config)).unflatten(0, (-1, self.config.n_patches))  # (B·C, N, D)
-        return F.dropout((h + self.positions).flatten(0, 1), self.config.dropout, self.training)
+        return drop((h + self.positions).flatten(0, 1), self.config.dropout if self.training else 0.0, self.fused)
 
     def run_layers(self, x: Tensor) -> Tensor:  # (B, C, N, D)
         "Embed, apply every layer, normalise."
@@ -197,13 +199,13 @@ def head_shape(config: PatchTSTConfig) -> tuple[int, int]:  # Numbers in, number
 class Head(nn.Linear):
     "Flatten the patches and map them to logits (B, n_outputs) or to a forecast (B, h, F)."
 
-    def __init__(self, config: PatchTSTConfig):
+    def __init__(self, config: PatchTSTConfig, fused: bool = True):
         super().__init__(*head_shape(config))
-        self.dropout, self.n_features, self.horizon = config.head_dropout, config.n_features, config.horizon
+        self.n_features, self.horizon, self.dropout, self.fused = config.n_features, config.horizon, config.head_dropout, fused
 
     def forward(self, z: Tensor) -> Tensor:  # z is (B, C, N, D)
         "Apply dropout and the map."
-        z = F.dropout(z, self.dropout, self.training)
+        z = drop(z, self.dropout if self.training else 0.0, self.fused)
         if self.horizon is None:
             return super().forward(z.flatten(1))
         y = super().forward(z.flatten(0, 1).flatten(1))  # (B·C, h·F/C)
@@ -269,7 +271,7 @@ class PatchTST(Encoder):
     def __init__(self, config: PatchTSTConfig, fused: bool = True):
         super().__init__(config, fused)
         self.revin = RevIN(config.n_features, config.revin_affine) if config.revin else None
-        self.head = Head(config)
+        self.head = Head(config, fused)
         init_weights(self)
 
     def standardise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:  # Input, mean, scale

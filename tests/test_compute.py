@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 X = torch.randn(32, 20, 3, generator=torch.Generator().manual_seed(0))
 
 
-def make_model(**options) -> PatchTST:
+def make_model(fused: bool = True, **options) -> PatchTST:
     torch.manual_seed(0)
     size = {"d_model": 16, "n_heads": 2, "n_layers": 3, "d_ff": 32}
-    return PatchTST(PatchTSTConfig(**{"n_features": 3, "context_length": 20} | size | options))
+    return PatchTST(PatchTSTConfig(**{"n_features": 3, "context_length": 20} | size | options), fused)
 
 
 def make_data(dtype=torch.float32) -> FinancialDataset:
@@ -217,8 +217,9 @@ def test_a_compiled_model_trains_and_the_trial_leaves_no_trace():
     keys, state = list(model.state_dict()), torch.get_rng_state()
     assert compile_model(model, X, "fp32", backend=spy) and len(calls) >= 2  # both modes
     assert torch.equal(torch.get_rng_state(), state) and list(model.state_dict()) == keys
-    a, b = fit(model), fit(make_model(dropout=0.3))
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    plain = make_model(dropout=0.3, fused=False)  # a compiled model draws as torch does, not in bulk
+    a, b = fit(model), fit(plain)
+    assert torch.allclose(a[0], b[0], rtol=1e-4) and a[2] == pytest.approx(b[2], rel=1e-4)  # keys' biases have no gradient but noise
 
 
 # ---- no waiting
