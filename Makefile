@@ -63,7 +63,11 @@ style: $(VENV)/all.done ## Print the house figures of each notebook
 docs: $(VENV)/all.done ## Build the site into _docs, with Quarto or its stand-in; no network is needed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/docs/build
 
-bench: $(VENV)/all.done ## Time this project beside its peers and write benchmarks/RESULTS.md
+$(VENV)/bench.done: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study,bench]'
+	touch $@ $(VENV)/core.done $(VENV)/all.done
+
+bench: $(VENV)/bench.done ## Time this project beside its peers and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
 calibrate: $(VENV)/all.done ## Train ladders on series whose answer is known and write the page of their verdicts

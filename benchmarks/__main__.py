@@ -11,9 +11,23 @@ import torch
 
 from finpatch.device import describe_machine
 
-from . import panel, trainer_overhead
+from . import (
+    discovery,
+    features_and_windows,
+    large_model,
+    panel,
+    paper_shapes,
+    presets,
+    small_cells,
+    start_up,
+    trainer_overhead,
+    whole_run,
+)
 
-PARTS = {"trainer": trainer_overhead, "panel": panel}
+PARTS = {
+    "paper": paper_shapes, "presets": presets, "run": whole_run, "study": small_cells, "trainer": trainer_overhead,
+    "data": features_and_windows, "panel": panel, "start": start_up, "large": large_model, "batch": discovery,
+}  # fmt: skip
 
 
 def render(rows: list[dict], machine: dict) -> str:

@@ -6,7 +6,6 @@ registered as any others are; the load verifies every one of them as it reads it
 
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from .children import answer
 
 N_SESSIONS, N_FEATURES, SIZES = 8000, 20, (125, 250, 500)
 DAYS = pd.DatetimeIndex(pd.bdate_range("1990-01-01", periods=N_SESSIONS, name="session"))
@@ -85,24 +86,23 @@ def measure(folder: str, n: int) -> dict:
     return seconds | {"before_gib": before, "peak_gib": peak, "n_rows": len(data.x)}
 
 
-def rows() -> list[dict]:
-    found, work = {}, f"{SIZES[-1]} symbols × {N_SESSIONS:,} sessions × {N_FEATURES} features"
+def rows(sizes: tuple[int, ...] = SIZES) -> list[dict]:
+    found, work = {}, f"{sizes[-1]} symbols × {N_SESSIONS:,} sessions × {N_FEATURES} features"
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), SIZES[-1])
-        for n in SIZES:
-            command = [sys.executable, "-m", "benchmarks.panel", name, str(n)]
-            found[n] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    small, large = found[SIZES[-2]], found[SIZES[-1]]
+        write(Path(name), sizes[-1])
+        for n in sizes:
+            found[n] = answer("panel", name, str(n))
+    small, large = found[sizes[-2]], found[sizes[-1]]
     own = {n: f["peak_gib"] - f["before_gib"] for n, f in found.items()}
     times = "; ".join(f"{n}: {f['load_s']:.1f} s" for n, f in found.items())
-    sizes = "; ".join(f"{n}: {gib:.2f} GiB" for n, gib in own.items())
+    peaks = "; ".join(f"{n}: {gib:.2f} GiB" for n, gib in own.items())
     whole = f"{large['peak_gib']:.2f} GiB with Python and torch"
-    grown = f"× {large['load_s'] / small['load_s']:.2f} time, × {own[SIZES[-1]] / own[SIZES[-2]]:.2f} memory"
+    grown = f"× {large['load_s'] / small['load_s']:.2f} time, × {own[sizes[-1]] / own[sizes[-2]]:.2f} memory"
     step = f"a training step of 20k parameters takes {large['step_s'] * 1e3:.0f} ms"
     told = [
         (f"load and verify {work}", "seconds", f"{large['load_s']:.1f} s", times),
-        ("peak memory that the load adds", "< 1 GiB", f"{own[SIZES[-1]]:.2f} GiB", f"{sizes}; {whole}"),
-        ("twice the symbols", "linear", grown, f"{SIZES[-2]} to {SIZES[-1]} symbols"),
+        ("peak memory that the load adds", "< 1 GiB", f"{own[sizes[-1]]:.2f} GiB", f"{peaks}; {whole}"),
+        ("twice the symbols", "linear", grown, f"{sizes[-2]} to {sizes[-1]} symbols"),
         ("a batch of 512 windows of 60 sessions", "as on one symbol", f"{large['gather_s'] * 1e3:.1f} ms", step),
     ]
     return [dict(zip(("work", "target", "measured", "detail"), row, strict=True)) for row in told]

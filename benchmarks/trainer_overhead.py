@@ -110,9 +110,9 @@ def measure(budget: str = "2m", n_steps: int = 1200, n_warm: int = 10) -> dict:
             "low": low, "high": high, "n_steps": len(bare)}  # fmt: skip
 
 
-def rows() -> list[dict]:
-    found = measure()
-    work = "trainer over a bare loop, 2m, batch 64, float32"
+def rows(budget: str = "2m", n_steps: int = 1200) -> list[dict]:
+    found = measure(budget, n_steps)
+    work = f"trainer over a bare loop, {budget}, batch 64, float32"
     ends = f"95 % interval {(found['low'] - 1) * 100:+.2f} to {(found['high'] - 1) * 100:+.2f} %"
     detail = f"median over {found['n_steps']} turns, {ends}; {found['trainer_step_s'] * 1e3:.1f} ms a step"
     return [{"work": work, "target": "< 1 %", "measured": f"{(found['ratio'] - 1) * 100:+.2f} %", "detail": detail}]

@@ -74,7 +74,7 @@ def test_the_lock_covers_every_requirement():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
     cfg, names = parser["DEFAULT"], {normal(n) for n in locked()}
-    for key in ("requirements", "market_requirements", "panel_requirements", "dev_requirements"):
+    for key in ("requirements", "market_requirements", "panel_requirements", "bench_requirements", "dev_requirements"):
         for requirement in cfg[key].split():
             assert normal(re.split(r"[<>=]", requirement)[0]) in names, requirement
     core = cfg["requirements"].lower()

@@ -1,0 +1,43 @@
+"""Every benchmark runs, at tiny sizes. Risk: a row that nobody can make again, found out on the day it is needed. No speed is asserted."""
+
+import re
+
+import pytest
+
+from benchmarks.__main__ import PARTS, render
+from benchmarks.turns import median_ratio, take_turns
+
+TINY = {
+    "paper": {"n_turns": 1, "n_windows": 2, "n_learn": 4},
+    "presets": {"n_turns": 2, "small": "20k", "large": "20k", "n_windows": 8},
+    "run": {"n_turns": 1, "budget": "5k", "epochs": 1},
+    "study": {"budgets": ("2k", "3k"), "n_seeds": 1, "epochs": 1},
+    "trainer": {"budget": "5k", "n_steps": 30},
+    "data": {"n_turns": 1, "n_symbols": 1, "n_rows": 700, "n_windows": 6000},
+    "panel": {"sizes": (2, 4)},
+    "start": {"n_turns": 1},
+    "large": {"budget": "20k", "n_windows": 2},
+    "batch": {"budget": "5k", "mem_cap": 1.0},
+}
+LONG = ("run", "study", "batch", "panel", "start")  # those that start processes
+
+
+def test_each_part_has_tiny_sizes():
+    assert TINY.keys() == PARTS.keys()
+
+
+@pytest.mark.parametrize("name", [n if n not in LONG else pytest.param(n, marks=pytest.mark.soak) for n in TINY])
+def test_every_row_is_made_at_tiny_sizes(name):
+    rows = PARTS[name].rows(**TINY[name])
+    assert rows
+    for row in rows:
+        assert row.keys() == {"work", "target", "measured", "detail"} and all(row.values())
+        assert row["measured"] == "not measured" or re.search(r"\d", row["measured"]), row
+    assert rows[0]["work"] in render(rows, {"device": "cpu"})
+
+
+def test_turns_alternate_and_the_warm_ones_do_not_count():
+    calls = []
+    seconds = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, n_turns=2, n_warm=1)
+    assert "".join(calls) == "abbaab" and [len(v) for v in seconds.values()] == [2, 2]
+    assert median_ratio([4, 9, 8], [2, 3, 4]) == 2
