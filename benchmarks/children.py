@@ -44,3 +44,13 @@ def make_data(folder: Path, tier: str = "a20") -> None:
     "Fetch and build the embedded SP500."
     run(*command("data", "fetch", "SP500", "--data-dir", str(folder)))
     run(*command("data", "build", "SP500", "--tier", tier, "--data-dir", str(folder)))
+
+
+def resident_gib() -> float:
+    "Read what this process holds now, GiB; its peak where the system does not say."
+    from finpatch.device import peak_mem_gib
+
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_mem_gib()
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS")) / 2**20

@@ -1,7 +1,7 @@
 """Features beside the bare TA-Lib calls behind them, and windows beside the machine's own copy.
 
-The bare calls are those that a20 makes, with the same windows of the same arrays, and nothing around them. The copy is one
-contiguous block of the size of a batch into new memory, as a batch is.
+The bare calls are those that a20 makes, with the same windows of the same arrays, and nothing around them. What is
+copied are blocks of the same rows, of the size of a batch, one after the other, into new memory, as a batch is.
 """
 
 from itertools import cycle
@@ -15,7 +15,7 @@ from finpatch.dataset import from_arrays
 from finpatch.device import peak_mem_gib
 from finpatch.features import compute_features
 
-from .children import answer
+from .children import answer, resident_gib
 from .turns import median_ratio, row, take_turns, tell_ms
 
 
@@ -58,16 +58,16 @@ def features(n_turns: int, n_symbols: int, n_rows: int) -> dict:
 
 
 def gather(n_turns: int, n_rows: int, n_windows: int = 512, context_length: int = 60) -> dict:
-    "Gather shuffled batches, and copy as many bytes."
+    "Gather shuffled batches, and copy as many bytes of the same rows."
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n_rows, 20), dtype=np.float32)
     data = from_arrays(x, (x[:, 0] > 0).astype(float), kind="binary", context_length=context_length)
     parts = cycle(data.index["train"][torch.randperm(len(data.index["train"]))].split(n_windows))
-    source = torch.randn(n_windows * context_length * 20)
-    calls = {"batch": lambda: data.batch(next(parts)), "copy": lambda: source.clone()}
+    blocks = cycle(data.x[: len(data.x) // (n_windows * context_length) * n_windows * context_length].split(n_windows * context_length) or [data.x])
+    calls = {"batch": lambda: data.batch(next(parts)), "copy": lambda: next(blocks).clone()}
     seconds = take_turns(calls, n_turns, n_warm=5)
     share = median_ratio(seconds["copy"], seconds["batch"])
-    rate = source.nbytes / float(np.median(seconds["batch"])) / 2**30
+    rate = data.batch(next(parts))[0].nbytes / float(np.median(seconds["batch"])) / 2**30
     work = f"batches of {n_windows} windows of {context_length} rows from a dataset of {n_rows:,} rows"
     return row(work, "≥ 70 % of the copy rate", f"{share * 100:.0f} %", f"{tell_ms(seconds)}; {rate:.1f} GiB/s")
 
@@ -78,17 +78,19 @@ def held(n_rows: int) -> dict:
     x = rng.standard_normal((n_rows, 20), dtype=np.float32)
     y = (x[:, 0] > 0).astype(float)
     from_arrays(x[:2000], y[:2000], kind="binary", context_length=60)  # what is loaded once
-    before = peak_mem_gib()
+    before = resident_gib()
     data = from_arrays(x, y, kind="binary", context_length=60)
     for part in data.index["train"][: 512 * 20].split(512):
         data.batch(part)
-    return {"tensor_gib": data.x.nbytes / 2**30, "held_gib": peak_mem_gib() - before}
+    sizes = {"tensor_gib": data.x.nbytes / 2**30, "held_gib": resident_gib() - before}
+    return sizes | {"peak_gib": peak_mem_gib() - before}
 
 
 def memory(n_rows: int) -> dict:
     found = answer("features_and_windows", str(n_rows))
     ratio = found["held_gib"] / found["tensor_gib"]
-    detail = f"peak grows by {found['held_gib'] * 1024:.0f} MiB, the tensor has {found['tensor_gib'] * 1024:.0f}"
+    mib = {name: f"{found[name + '_gib'] * 1024:.0f} MiB" for name in ("tensor", "held", "peak")}
+    detail = f"tensor {mib['tensor']}; {mib['held']} held while batches are taken, {mib['peak']} at most while it was made"
     return row(f"memory of a dataset of {n_rows:,} rows and its batches", "≤ 1.3 × its feature tensor", f"{ratio:.2f} ×", detail)
 
 

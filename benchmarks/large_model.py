@@ -5,9 +5,8 @@ In a process of its own: the peak over what it held before the model was built, 
 
 import json
 import sys
-from pathlib import Path
 
-from .children import answer
+from .children import answer, resident_gib
 from .turns import row
 
 
@@ -38,16 +37,6 @@ def measure(budget: str, n_windows: int, is_checkpointed: bool) -> dict:
         train_step(trainer, part)
     n = count_parameters(model)
     return {"n_params": n, "over_gib": peak_mem_gib() - before - 16 * n / 2**30, "before_gib": before}
-
-
-def resident_gib() -> float:
-    "Read what this process holds now, GiB; its peak where the system does not say."
-    from finpatch.device import peak_mem_gib
-
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_mem_gib()
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS")) / 2**20
 
 
 def rows(budget: str = "200m", n_windows: int = 8) -> list[dict]:
