@@ -26,8 +26,9 @@ def forward_adjust(
     bars: pd.DataFrame,  # Daily bars with unadjusted prices and `Adj Close`, oldest first
 ) -> pd.DataFrame:  # Bars in the money of the first session, float64, without `Adj Close`
     "Return the bars in the money of the first session."
-    factor = forward_factor(bars)
-    out = bars.drop(columns="Adj Close").astype(np.float64)
-    for name in out.columns.intersection(PRICES): out[name] *= factor
-    if "Volume" in out: out["Volume"] /= factor
-    return out
+    factor, own = forward_factor(bars).to_numpy(), bars.drop(columns="Adj Close")
+    values = np.array(own.to_numpy(np.float64).T, order="C")  # one array of columns: a frame's own take three times as long
+    for name, column in zip(own.columns, values, strict=True):
+        if name in PRICES: column *= factor
+        if name == "Volume": column /= factor
+    return pd.DataFrame(values.T, own.index, own.columns)

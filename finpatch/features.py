@@ -101,8 +101,11 @@ def compute_features(
     tier = tier.split("+")[0]
     features, adjusted = tier_features(tier), adjusted_bars(bars, NEEDS.get(tier, BAR_COLUMNS))
     values = SHIPPED[tier][0](adjusted) if tier in SHIPPED else {item.name: run_feature(item.fn, adjusted) for item in features}
+    names = [item.name for item in features]
+    columns = np.empty((len(names), len(adjusted)), np.float32)
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused when a dataset is built
-        table = pd.DataFrame(values, index=adjusted.index, columns=[item.name for item in features]).astype(np.float32)
+        for place, name in enumerate(names): columns[place] = values[name]
+    table = pd.DataFrame(columns.T, adjusted.index, names)
     return table.iloc[max([WARMUP, *(item.warmup for item in features)]) if warmup is None else warmup :]
 
 # %% ../nbs/12_features.ipynb #d119e376
