@@ -107,8 +107,9 @@ def train_step(
 
 def update(trainer: "Trainer") -> None:
     "Clip and step; skip the step, and remember it, where a gradient is not finite."
-    limit = math.inf if trainer.optim.max_grad_norm is None else trainer.optim.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    limit, params = trainer.optim.max_grad_norm or math.inf, list(trainer.model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if trainer.device.type != "cpu" or norm + 1e-6 > limit: torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
     if trainer.device.type == "cpu" and math.isfinite(norm):
         trainer.optimizer.step()
         return
