@@ -23,6 +23,7 @@ axes: {{budgets: [{budgets}], n_seeds: {n_seeds}, tasks: [direction], tiers: [ra
 folds: {{kind: expanding, n_folds: 1, test_start: 2016-01-01, test_end: 2018-12-31, val_sessions: 504}}
 model: {model}
 optim: {optim}
+rates: null
 effect: {{nats: 0.001, r2: 0.01}}
 """
 CELL = """
