@@ -2,7 +2,8 @@
 
 Both are processes of their own: `finpatch train` verifies, trains, judges and writes everything that it writes; the peer
 loads the same dataset, trains the same model along its plain path over the same batches in the same order, with fused
-AdamW, the same clipping and warm-up, validates after every epoch and keeps the best weights. In bf16 the peer is given bf16.
+AdamW, the same clipping and warm-up, validates after every epoch and keeps the best weights. In bf16 the peer is the faster of
+its two precisions.
 """
 
 import statistics
@@ -25,7 +26,7 @@ optim: {{lr: 1e-4, weight_decay: 0.05, warmup_steps: 40, global_batch_size: 64, 
 """
 
 
-def train_peer(config_path: str, budget: str, data_dir: str, out: str) -> None:
+def train_peer(config_path: str, budget: str, data_dir: str, out: str, precision: str) -> None:
     "Train with the peer in this process."
     import torch
     import transformers
@@ -78,6 +79,7 @@ def train_peer(config_path: str, budget: str, data_dir: str, out: str) -> None:
     options |= {"warmup_steps": optim.warmup_steps, "max_grad_norm": 1.0, "adam_beta2": optim.beta2, "lr_scheduler_type": "cosine"}
     options |= {"optim": "adamw_torch_fused", "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
     options |= {"load_best_model_at_end": True, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    options["bf16"] = precision == "bf16"
     arguments = transformers.TrainingArguments(out, remove_unused_columns=False, label_names=["labels"], **options)
     peer = Peer(Wrapped(), arguments, train_dataset=Windows("train"), eval_dataset=Windows("val"))
     peer.train()
@@ -85,25 +87,32 @@ def train_peer(config_path: str, budget: str, data_dir: str, out: str) -> None:
 
 
 def rows(n_turns: int = 3, budget: str = "2m", epochs: int = 10) -> list[dict]:
-    work, target = f"whole `finpatch train` of {budget}, {epochs} epochs, against Hugging Face's Trainer", "≥ 1.8 ×"
+    work, target = f"whole `finpatch train` of {budget}, {epochs} epochs, {{}}, against Hugging Face's Trainer", "≥ 1.8 ×"
     try:
         import accelerate  # noqa: F401  # Hugging Face's Trainer needs it
         import transformers  # noqa: F401
     except ImportError as error:
-        return [not_measured(work, target, error)]
-    took = {"finpatch": [], "Hugging Face": []}
+        return [not_measured(work.format("float32"), target, error)]
+    took = {f"{who} {precision}": [] for precision in ("fp32", "bf16") for who in ("finpatch", "Hugging Face")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder / "data")
         (folder / "run.yaml").write_text(CONFIG.format(epochs=epochs))
         config, data = str(folder / "run.yaml"), str(folder / "data")
+        where = ["--data-dir", data, "--device", "cpu", "--runs-dir", str(folder / "runs")]
         for turn in range(n_turns):
-            own = command("train", "--config", config, "--budget", budget, "--data-dir", data, "--device", "cpu", "--runs-dir", str(folder / "runs"))
-            took["finpatch"].append(seconds(*own))
-            peer = ("-m", "benchmarks.whole_run", config, budget, data, str(folder / f"peer{turn}"))
-            took["Hugging Face"].append(seconds(*peer))
-    detail = ", ".join(f"{k} {statistics.median(v):.1f} s" for k, v in took.items())
-    return [row(work, target, f"{median_ratio(took['Hugging Face'], took['finpatch']):.2f} ×", detail)]
+            for precision in ("fp32", "bf16"):
+                own = command("train", "--config", config, "--budget", budget, "--precision", precision, *where)
+                took[f"finpatch {precision}"].append(seconds(*own))
+                peer = ("-m", "benchmarks.whole_run", config, budget, data, str(folder / f"{precision}{turn}"), precision)
+                took[f"Hugging Face {precision}"].append(seconds(*peer))
+    middle = {who: statistics.median(values) for who, values in took.items()}
+    detail, told = ", ".join(f"{who} {value:.1f} s" for who, value in middle.items()), []
+    best = min(("Hugging Face fp32", "Hugging Face bf16"), key=middle.get)
+    for precision, name, peer in (("fp32", "float32", "Hugging Face fp32"), ("bf16", "bfloat16", best)):
+        ratio = median_ratio(took[peer], took[f"finpatch {precision}"])
+        told.append(row(work.format(name), target, f"{ratio:.2f} ×", detail))
+    return told
 
 
 if __name__ == "__main__":
