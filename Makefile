@@ -19,7 +19,7 @@ $(VENV)/core.done: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/all.done: $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study,cluster]'
 	touch $@ $(VENV)/core.done
 
 install: $(VENV)/all.done ## Make .venv with everything, from requirements.lock

@@ -18,6 +18,7 @@ import pandas as pd
 
 from .amounts import judge_amounts
 from .cell import Source, cell_key, limited_threads
+from .cluster import work_on_cluster
 from .config import dump_yaml
 from .core import InputError, atomic_path, read_json, write_json
 from .lock import exclusive
@@ -130,8 +131,9 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def work_through(plan: Plan, study_dir: Path, n_workers: int, progress: StudyProgress, is_cooled: bool) -> dict:
-    "Work on all open cells, in this process or in others."
+def work_through(plan: Plan, study_dir: Path, n_workers: int | None, progress: StudyProgress, is_cooled: bool) -> dict:
+    "Work on all open cells, in this process or in others of this machine."
+    n_workers = count_workers(plan.source.device) if n_workers is None else n_workers
     with interruptible():
         if n_workers:
             options = {"is_cooled": is_cooled}
@@ -153,6 +155,8 @@ def run_study(
     study_dir: Path | str | None = None,  # None: the name, under `runs_dir`
     device: str = "auto",
     n_workers: int | None = None,  # None: one per processor, one on an accelerator; 0: this process
+    executor: str = "local",  # "ray": a cluster's machines
+    address: str | None = None,  # Of a Ray cluster; None: one that is started here and ended again
     is_progress_shown: bool = True,
     is_cooled: bool = True,  # Watch the temperature
 ) -> Path:  # The study's folder
@@ -161,7 +165,6 @@ def run_study(
         config, name = load_study_config(config), name or Path(config).stem
     study_dir = Path(study_dir or Path(runs_dir) / (name or "study"))
     plan = Plan(config, Source(data_dir, device))
-    n_workers = count_workers(plan.source.device) if n_workers is None else n_workers
     study_dir.mkdir(parents=True, exist_ok=True)
     (study_dir / "STOP").unlink(missing_ok=True)
     with atomic_path(study_dir / "study.yaml") as tmp:
@@ -169,7 +172,10 @@ def run_study(
     progress = StudyProgress(plan, study_dir, is_progress_shown)
     progress.show()
     try:
-        ended = work_through(plan, study_dir, n_workers, progress, is_cooled)
+        if executor == "ray":
+            ended = work_on_cluster(plan, study_dir, address, n_workers, progress.show, is_cooled=is_cooled)
+        else:
+            ended = work_through(plan, study_dir, n_workers, progress, is_cooled)
     finally:
         progress.close()
     settle(plan, study_dir, ended)

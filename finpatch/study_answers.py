@@ -47,6 +47,7 @@ def study(args: argparse.Namespace) -> Answer:
         return Answer(found, estimate_text(found))
     where = {"data_dir": args.data_dir, "runs_dir": args.runs_dir, "study_dir": args.run_dir, "name": Path(args.config).stem}
     how = {"device": args.device or "auto", "n_workers": args.workers, "is_cooled": not args.no_thermal}
+    how |= {"executor": args.executor, "address": args.address}
     return study_answer(run_study(config, **where, **how))
 
 # %% ../nbs/49a_study_answers.ipynb #4ed296c1

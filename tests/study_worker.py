@@ -36,6 +36,17 @@ class Slow(Callback):
         time.sleep(0.1)
 
 
+class SlowUntil(Callback):
+    "Make steps last long enough to be killed in, until a file is there."
+
+    def __init__(self, path):
+        self.path = path
+
+    def after_step(self, trainer):
+        if not self.path.exists():
+            time.sleep(0.2)
+
+
 def study_in_child(study_dir, data):
     run_study(STUDY, data_dir=data, study_dir=study_dir, **QUIET)
 
