@@ -12,6 +12,7 @@ import torch
 from finpatch.device import describe_machine
 
 from . import (
+    cluster,
     discovery,
     features_and_windows,
     large_model,
@@ -26,7 +27,7 @@ from . import (
 
 PARTS = {
     "paper": paper_shapes, "presets": presets, "run": whole_run, "study": small_cells, "trainer": trainer_overhead,
-    "data": features_and_windows, "panel": panel, "start": start_up, "large": large_model, "batch": discovery,
+    "data": features_and_windows, "panel": panel, "start": start_up, "large": large_model, "batch": discovery, "cluster": cluster,
 }  # fmt: skip
 
 
