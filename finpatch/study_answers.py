@@ -33,7 +33,8 @@ def asked_study(args: argparse.Namespace):  # A `StudyConfig`
 def study(args: argparse.Namespace) -> Answer:
     "Run a study of budgets, seeds and folds, or go on with it, and give its verdicts."
     from finpatch.cell import Source, limited_threads
-    from finpatch.estimate import estimate, estimate_text, step_seconds
+    from finpatch.estimate import estimate, estimate_text, measure_baselines, measure_pace
+    from finpatch.machines import elsewhere, elsewhere_text
     from finpatch.plan import Plan
     from finpatch.study import run_study
     from finpatch.work import count_workers
@@ -43,8 +44,9 @@ def study(args: argparse.Namespace) -> Answer:
         plan = Plan(config, Source(args.data_dir, args.device or "auto"))
         n = count_workers(plan.source.device) if args.workers is None else max(1, args.workers)
         with limited_threads(1):
-            found = estimate(plan, n, lambda model, windows: step_seconds(model, windows, plan.source.device))
-        return Answer(found, estimate_text(found))
+            found = estimate(plan, n, lambda cell: measure_pace(plan, cell), lambda: measure_baselines(plan))
+        found["elsewhere"] = elsewhere(plan)
+        return Answer(found, estimate_text(found) + "\n" + elsewhere_text(found["elsewhere"]))
     where = {"data_dir": args.data_dir, "runs_dir": args.runs_dir, "study_dir": args.run_dir, "name": Path(args.config).stem}
     how = {"device": args.device or "auto", "n_workers": args.workers, "is_cooled": not args.no_thermal}
     how |= {"executor": args.executor, "address": args.address}
