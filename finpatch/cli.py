@@ -150,7 +150,7 @@ def add_study(parent) -> None:
     p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped study, or a YAML file")
     p.add_argument("--budgets", metavar="B,B", help="only these budgets")
     p.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
-    p.add_argument("--dry-run", action="store_true", help="print cells, FLOPs, memory and hours, and train nothing")
+    p.add_argument("--dry-run", action="store_true", help="take the first steps of a cell a size, print cells, FLOPs, memory and hours, and judge nothing")
     p.add_argument("--executor", choices=("local", "ray"), default="local", help="processes of this machine, or a Ray cluster (default: local)")
     p.add_argument("--address", metavar="ADDR", help="a running Ray cluster, HOST:PORT or auto (default: one started here and ended)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
