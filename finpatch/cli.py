@@ -137,6 +137,8 @@ def add_work(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="auto, cpu, mps or cuda (default: auto)")
     p.add_argument("--run-dir", metavar="DIR", help="its folder (default: named after the config, under --runs-dir)")
     p.add_argument("--no-thermal", action="store_true", help="do not watch the temperature")
+    p.add_argument("--executor", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster (default: local)")
+    p.add_argument("--address", metavar="ADDR", help="a running Ray cluster, HOST:PORT or auto (default: one started here and ended)")
 
 # %% ../nbs/50_cli.ipynb #a3865912
 def add_study(parent) -> None:
@@ -145,14 +147,13 @@ def add_study(parent) -> None:
     p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped search, or a YAML file")
     p.add_argument("--budget", required=True, help="2m, 20m, 200m or any other size")
     p.add_argument("--trials", type=int, metavar="N", help="trials in all (default: as configured)")
+    p.add_argument("--workers", type=int, metavar="N", help="of a Ray cluster that is started here (default: one per processor)")
     add_work(p)
     p = add(parent, "study", study_answers.study, "finpatch study --config sp500_study --dry-run")
     p.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a shipped study, or a YAML file")
     p.add_argument("--budgets", metavar="B,B", help="only these budgets")
     p.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
     p.add_argument("--dry-run", action="store_true", help="take the first steps of a cell a size, print cells, FLOPs, memory and hours, and judge nothing")
-    p.add_argument("--executor", choices=("local", "ray"), default="local", help="processes of this machine, or a Ray cluster (default: local)")
-    p.add_argument("--address", metavar="ADDR", help="a running Ray cluster, HOST:PORT or auto (default: one started here and ended)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor; 0: this one)")
     add_work(p)
     p = add(parent, "report", study_answers.study_report, "finpatch report runs/sp500_study")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from finpatch.core import InputError, read_json
 from finpatch.ledger import read_looks
 from finpatch.plan import Plan
 from finpatch.pool import CLOCK
+from finpatch.sampler import RangeConfig
+from finpatch.search import SearchConfig, run_search
 from finpatch.study import run_study, settle
 
 pytest.importorskip("ray", reason='Ray is not installed: `pip install "finpatch[cluster]"`')
@@ -107,6 +110,33 @@ def test_a_cell_that_no_machine_can_hold_stays_open_with_the_reason(raw6_dir, ma
     ended = work_on_cluster(Plan(ALONE, Source(raw6_dir, "cpu")), tmp_path / "study", machines[0].address, is_cooled=False)
     assert not ended["is_stopped"] and len(ended["failed"]) == 8
     assert all("no machine of the cluster has 1 CPU, 0 GPU and 1000000.0 GiB" in x for x in ended["failed"].values())
+
+
+def test_a_search_loses_a_machine_and_makes_the_trials_of_one_process(raw6_dir, machines, tmp_path, caplog):
+    (tmp_path / "study.yaml").write_text(dump_yaml(ALONE))
+    decay = RangeConfig(key="optim.weight_decay", low=1e-3, high=0.5, is_log=True)
+    config = SearchConfig(study=str(tmp_path / "study.yaml"), space=(decay,), n_trials=5, round_size=2)
+    flown, killed, node = tmp_path / "flown", tmp_path / "killed", machines[0].add_node(num_cpus=1)
+
+    def kill():
+        "End a machine while two cells train and have sent a checkpoint."
+        while len({p.parent.parent for p in flown.glob("cells/*/checkpoints/step-*.json")}) < 2:
+            time.sleep(0.02)
+        machines[0].remove_node(node, allow_graceful=False)
+        killed.touch()
+
+    how = {"data_dir": raw6_dir, "device": "cpu", "is_cooled": False, "is_progress_shown": False}
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(kill)
+        slow = {"checkpoint_every_s": 0.0, "callbacks": (SlowUntil(killed),)}
+        cluster = {"address": machines[0].address, "n_workers": None}
+        run_search(config, "2k", search_dir=flown, cluster=cluster, **how, **slow)
+        ended.result(timeout=60)
+    run_search(config, "2k", search_dir=tmp_path / "alone", **how)
+    results = [read_json(d / "result.json") for d in (flown, tmp_path / "alone")]
+    assert results[0]["status"] == results[1]["status"] == "done" and results[0]["trials"] == results[1]["trials"]
+    assert [r["kind"] for r in results[0]["trials"]] == ["grid"] * 3 + ["sampled"] * 2
+    assert [r.getMessage() for r in caplog.records if "lost its worker and goes on elsewhere" in r.getMessage()]
 
 
 def marked(mark):
