@@ -9,42 +9,40 @@ import time
 from datetime import date
 from pathlib import Path
 
-N_SEEDS, BUDGET = 12, "30k"
 
-
-def study():
+def study(budget: str, n_seeds: int):
     from finpatch.experiment import OptimConfig
     from finpatch.folds import FoldsConfig
     from finpatch.plan import AxesConfig, StudyConfig
 
     folds = FoldsConfig(test_start=date(2013, 1, 1), test_end=date(2018, 12, 31), n_folds=1)
-    axes = AxesConfig(budgets=(BUDGET,), n_seeds=N_SEEDS, tasks=("log_range",), tiers=("raw6",))
+    axes = AxesConfig(budgets=(budget,), n_seeds=n_seeds, tasks=("log_range",), tiers=("raw6",))
     optim = OptimConfig(lr=1e-3, warmup_steps=5, global_batch_size=64, epochs=3, patience=2)
     return StudyConfig(symbols=("SP500",), axes=axes, folds=folds, optim=optim, rates=None, thermal=None)
 
 
-def cells_an_hour(folder: Path, n_workers: int) -> tuple[float, float]:
-    "Run the study; return its rate and its whole time in seconds."
+def cells_an_hour(config, folder: Path, n_workers: int) -> tuple[float, float]:
+    "Run a study; return its rate and its whole time in seconds."
     from finpatch.cell import Source
     from finpatch.cluster import work_on_cluster
     from finpatch.core import read_json
     from finpatch.plan import Plan
 
     began, study_dir = time.monotonic(), folder / f"study-{n_workers}"
-    ended = work_on_cluster(Plan(study(), Source(folder / "data", "cpu")), study_dir, n_workers=n_workers)
+    ended = work_on_cluster(Plan(config, Source(folder / "data", "cpu")), study_dir, n_workers=n_workers)
     assert ended == {"is_stopped": False, "failed": {}}, ended
     paths = [p for p in study_dir.glob("cells/*/result.json") if read_json(p)["role"] == "study"]
     times = sorted(p.stat().st_mtime for p in paths)
     return 3600 * (len(times) - 2) / (times[-1] - times[1]), time.monotonic() - began
 
 
-def rows() -> list[dict]:
+def rows(budget: str = "30k", n_seeds: int = 12) -> list[dict]:
     from finpatch.features import build_dataset
     from finpatch.market import fetch_ohlcv
 
     with tempfile.TemporaryDirectory() as tmp:
         fetch_ohlcv("SP500", data_dir=Path(tmp) / "data")
         build_dataset("SP500", "raw6", data_dir=Path(tmp) / "data")
-        (one, one_s), (two, two_s) = (cells_an_hour(Path(tmp), n) for n in (1, 2))
-    detail = f"{one:,.0f} and {two:,.0f} cells an hour; {N_SEEDS} cells of {BUDGET} and one of baselines in {one_s:.0f} and {two_s:.0f} s, Ray's start included"
+        (one, one_s), (two, two_s) = (cells_an_hour(study(budget, n_seeds), Path(tmp), n) for n in (1, 2))
+    detail = f"{one:,.0f} and {two:,.0f} cells an hour; {n_seeds} cells of {budget} and one of baselines in {one_s:.0f} and {two_s:.0f} s, Ray's start included"
     return [{"work": "a second worker of a Ray cluster", "target": "× 2", "measured": f"× {two / one:.2f}", "detail": detail}]

@@ -18,8 +18,9 @@ TINY = {
     "start": {"n_turns": 1},
     "large": {"budget": "20k", "n_windows": 2},
     "batch": {"budget": "5k", "mem_cap": 1.0},
+    "cluster": {"budget": "2k", "n_seeds": 4},
 }
-LONG = ("run", "study", "batch", "panel", "start")  # those that start processes
+LONG = ("run", "study", "batch", "panel", "start", "cluster")  # those that start processes
 
 
 def test_each_part_has_tiny_sizes():
