@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .core import InputError, atomic_path
 from .experiment import OptimConfig
 from .kinds import sharpness
+from .ranks import ALONE, Alone
 from .trainer import Callback, Trainer
 
 # %% ../nbs/31_callbacks.ipynb #5416fc24
@@ -63,14 +64,16 @@ class EarlyStop(Callback):
             trainer.request_stop("early_stop")
 
 # %% ../nbs/31_callbacks.ipynb #5ba64b3a
-def save_weights(model: torch.nn.Module, path: Path | str) -> None:
-    "Write a model's tensors as safetensors, atomically."
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def save_weights(model: torch.nn.Module, path: Path | str, ranks: Alone = ALONE) -> None:
+    "Write a model's tensors as safetensors, atomically; among ranks all gather them, and rank 0 writes."
+    tensors = {k: ranks.whole(v.detach()).cpu().contiguous() for k, v in model.state_dict().items()}
+    if ranks.rank:
+        return
     with atomic_path(path) as tmp:
         save_file(tensors, tmp)
 
 
-def load_weights(model: torch.nn.Module, path: Path | str) -> torch.nn.Module:
+def load_weights(model: torch.nn.Module, path: Path | str, ranks: Alone = ALONE) -> torch.nn.Module:
     "Load what `save_weights` wrote into a model of the same shape."
     tensors = load_file(path)
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
@@ -78,7 +81,7 @@ def load_weights(model: torch.nn.Module, path: Path | str) -> torch.nn.Module:
     if differing := [k for k in want | got if want.get(k) != got.get(k)]:
         found = f"`{differing[0]}` is {got.get(differing[0])}, not {want.get(differing[0])}, in {path}"
         raise InputError("weights must fit the model", found, "Use the config that the weights were trained with.")
-    model.load_state_dict(tensors)
+    ranks.fill(model, tensors)
     return model
 
 
@@ -91,9 +94,9 @@ class SaveWeights(Callback):
         self.folder = Path(folder)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        save_weights(trainer.model, self.folder / "last.safetensors")
+        save_weights(trainer.model, self.folder / "last.safetensors", trainer.ranks)
         if trainer.is_best:
-            save_weights(trainer.model, self.folder / "best.safetensors")
+            save_weights(trainer.model, self.folder / "best.safetensors", trainer.ranks)
 
 # %% ../nbs/31_callbacks.ipynb #32afc555
 class WriteMetrics(Callback):
@@ -174,8 +177,9 @@ def default_callbacks(
     run_dir: Path | str,  # Where weights and metrics go
     optim: OptimConfig,
     is_progress_shown: bool = True,
+    is_writer: bool = True,  # False: another rank writes and shows
 ) -> list[Callback]:
     "Return the callbacks of an ordinary run."
     run_dir = Path(run_dir)
-    keep = [SaveWeights(run_dir), WriteMetrics(run_dir / "metrics.jsonl")]
-    return [Schedule(), EarlyStop(optim.patience), *keep, Progress(is_progress_shown)]
+    tell = [WriteMetrics(run_dir / "metrics.jsonl"), Progress(is_progress_shown)] if is_writer else []
+    return [Schedule(), EarlyStop(optim.patience), SaveWeights(run_dir), *tell]

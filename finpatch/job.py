@@ -28,6 +28,7 @@ from .lineage import walk
 from .manifest import load_frame, verify
 from .panel import add_peers
 from .patchtst import PatchTST, PatchTSTConfig
+from .ranks import ALONE, Alone
 from .record import digest_files, weights_sha256
 from .targets import Task
 from .trainer import Trainer, predict_logits
@@ -80,9 +81,10 @@ def predict_samples(
     budget: str,
     seed: int,
     fold: int = 0,  # Of a walk forward; a hold-out is fold 0
+    ranks: Alone = ALONE,  # Who shares the work
 ) -> pd.DataFrame:  # split, fold, symbol, origin, target_end, budget, seed, y, logit, p
     "Predict every sample."
-    logit = predict_logits(model, dataset, dataset.row).numpy()
+    logit = predict_logits(model, dataset, dataset.row, ranks=ranks).numpy()
     table = dataset.samples
     return pd.DataFrame({
         "split": table["split"], "fold": fold, "symbol": table["symbol"],
@@ -154,8 +156,10 @@ def draw(run_dir: Path, kind: str) -> None:
 # %% ../nbs/41b_job.ipynb #55ebfe5d
 def store_predictions(run_dir: Path, trainer: Trainer, budget: str, seed: int, fold: int = 0) -> pd.DataFrame:
     "Predict with the best weights and store every sample."
-    load_weights(trainer.model, run_dir / "best.safetensors")
-    predictions = predict_samples(trainer.model, trainer.dataset, budget, seed, fold)
+    load_weights(trainer.model, run_dir / "best.safetensors", trainer.ranks)
+    predictions = predict_samples(trainer.model, trainer.dataset, budget, seed, fold, trainer.ranks)
+    if trainer.ranks.rank:
+        return predictions
     with atomic_path(run_dir / "predictions.parquet") as tmp:
         predictions.to_parquet(tmp, index=False)
     return predictions
@@ -184,7 +188,9 @@ def finish(
     data_dir: Path | str,
     resumed_from_step: int | None = None,
 ) -> dict[str, object]:  # For result.json
-    "Predict with the best weights and judge; return the result."
+    "Predict with the best weights and judge; return the result, on rank 0."
     predictions = store_predictions(run_dir, trainer, budget, config.seed)
+    if trainer.ranks.rank:
+        return {}
     result = judge(predictions, config, data_dir, run_dir.name, read_spreads(run_dir / "metrics.jsonl"))
     return outcome(run_dir, trainer, config, budget, resumed_from_step) | result
