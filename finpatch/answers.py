@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'asked_universe', 'table_answer', 'data_fetch', 'data_outside', 'data_diff', 'data_build', 'verify',
-           'budget', 'power', 'train', 'check_train_words', 'pretrain', 'train_answer', 'masked_text', 'predict',
-           'evaluate', 'audit', 'runs', 'doctor', 'thermal', 'batch_size']
+           'budget', 'power', 'train', 'check_train_words', 'pretrain', 'train_shared', 'train_answer', 'masked_text',
+           'predict', 'evaluate', 'audit', 'runs', 'doctor', 'thermal', 'batch_size']
 
 # %% ../nbs/49_answers.ipynb #f19fbc15
 import argparse
@@ -135,23 +135,20 @@ def train(args: argparse.Namespace) -> Answer:
 
     reserve_nothing()  # before pandas is imported
     from finpatch.experiment import load_experiment_config
-    from finpatch.run import override, resume_run, train_run
-    from finpatch.status import newest_unfinished
+    from finpatch.run import override
 
     check_train_words(args)
     clock = {"checkpoint_every_s": args.checkpoint_every_s, "is_cooled": not args.no_thermal, "is_tracked": not args.no_tracking}
-    if args.resume:
-        return train_answer(resume_run(args.run_dir or newest_unfinished(args.runs_dir), args.data_dir, **clock))
-    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "pretrained")}
-    config = override(load_experiment_config(args.config), **changes, is_frozen=args.probe, **clock)
-    options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
-    options["device"] = args.device or "auto"
-    return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
+    config = None
+    if not args.resume:
+        changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "parallel", "pretrained")}
+        config = override(load_experiment_config(args.config), **changes, is_frozen=args.probe, **clock)
+    return train_shared(args, config, clock)
 
 
 def check_train_words(args: argparse.Namespace) -> None:
     "End with status 2 unless `train` says what to train, or `train --resume` leaves it to the run."
-    asked = ("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "micro_batch_size", "pretrained", "probe")
+    asked = (*("config", "budget", "epochs", "max_steps", "lr", "seed", "device", "precision", "parallel"), *("micro_batch_size", "pretrained", "probe"))
     given = [f"--{k.replace('_', '-')}" for k in asked if getattr(args, k) is not None]
     if args.resume and given:
         args.parser.error(f"a resumed run keeps its own settings; leave out {', '.join(given)}")
@@ -165,13 +162,39 @@ def pretrain(args: argparse.Namespace) -> Answer:
 
     reserve_nothing()
     from finpatch.pretrain import load_pretrain_config
-    from finpatch.run import override, train_run
+    from finpatch.run import override
 
-    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "checkpoint_every_s")}
+    changes = {k: getattr(args, k) for k in ("seed", "lr", "epochs", "max_steps", "precision", "parallel", "checkpoint_every_s")}
     config = override(load_pretrain_config(args.config), **changes, is_cooled=not args.no_thermal)
-    options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
-    options["device"] = args.device or "auto"
-    return train_answer(train_run(config, args.budget, name=Path(args.config).stem, **options))
+    return train_shared(args, config, {"is_cooled": not args.no_thermal})
+
+# %% ../nbs/49_answers.ipynb #0db3076c
+def train_shared(args: argparse.Namespace, config: object, clock: dict) -> Answer | None:  # config None: resume; None: another rank speaks
+    "Train, alone or among the ranks of this launch."
+    from finpatch.distributed import find_launched, joined
+    from finpatch.ranks import ALONE
+    from finpatch.run import resume_run, train_run
+    from finpatch.status import is_done, newest_unfinished
+
+    with joined(args.device or "auto") as ranks:
+        if args.parallel and ranks is ALONE:
+            fix = "Start it with `torchrun --nproc-per-node N -m finpatch train …`, or leave it out."
+            raise InputError("`--parallel` says how ranks share a run", "one process", fix)
+        again = find_launched(ranks, args.runs_dir, args.run_dir)
+        if again and is_done(again):
+            run_dir = again
+        elif again or config is None:
+            run_dir = again or args.run_dir or newest_unfinished(args.runs_dir)
+            run_dir = resume_run(run_dir, args.data_dir, ranks=ranks, **clock)
+        else:
+            options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}
+            options |= {"device": args.device or "auto", "ranks": ranks}
+            run_dir = train_run(config, args.budget, name=Path(args.config).stem, **options)
+    if ranks.rank:
+        return None
+    answer = train_answer(Path(run_dir))
+    answer.status = answer.status if ranks is ALONE else 0
+    return answer
 
 # %% ../nbs/49_answers.ipynb #4155e7f4
 def train_answer(run_dir: Path) -> Answer:

@@ -125,7 +125,7 @@ def data_digests(source: Source, config: ExperimentConfig) -> dict[str, str]:
     return {f"{e['dataset_id']} v{e['version']}": e["content_sha256"] for e in source.entries(config)}
 
 
-CLOCK = ("thermal", "checkpoint_every_s", "wandb_project", "mlflow_experiment")
+CLOCK = ("thermal", "checkpoint_every_s", "parallel", "wandb_project", "mlflow_experiment")
 
 
 def describe_effective(cell: Cell, source: Source) -> dict:

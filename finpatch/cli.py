@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Parser', 'add', 'add_data', 'n_or_auto', 'add_train', 'add_settings', 'add_use', 'add_work', 'add_study',
-           'add_machine', 'make_parser', 'as_rule', 'report', 'main']
+           'add_machine', 'make_parser', 'as_rule', 'report', 'check_shared', 'main']
 
 # %% ../nbs/50_cli.ipynb #869947b0
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, metavar="N")
     p.add_argument("--device", help="auto, cpu, mps or cuda (default: auto)")
     p.add_argument("--precision", choices=("fp32", "bf16", "auto"), help="default: the config's, fp32")
+    p.add_argument("--parallel", choices=("auto", "ddp", "fsdp"), help="how the ranks of torchrun keep the state (default: the config's, auto)")
     p.add_argument("--checkpoint-every-s", type=float, metavar="X", help="seconds of work at risk (default: the config's, 60)")
     p.add_argument("--micro-batch-size", type=n_or_auto, metavar="N|auto", help="windows in memory at once (default: the step's)")
     p.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: a new one under --runs-dir)")
@@ -212,22 +214,32 @@ def report(error: Exception, args: argparse.Namespace) -> int:
     error = as_rule(error)
     known = isinstance(error, RuleError)
     parts = error.as_dict() if known else {"rule": type(error).__name__, "found": str(error), "remedy": "Add --debug."}
-    if args.json:
+    rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if args.json and rank == 0:
         print(to_json({"error": parts}))
     text = str(error) if known else f"{type(error).__name__}: {error}. Add --debug for the traceback."
-    print("finpatch: " + " ".join(text.split()), file=sys.stderr)
+    print(f"finpatch{f', rank {rank}' if size > 1 else ''}: {' '.join(text.split())}", file=sys.stderr)
     return 1
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    "Raise `InputError` if torchrun started a subcommand that its ranks cannot share."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.run_command not in (answers.train, answers.pretrain):
+        raise InputError("ranks share `train` and `pretrain` alone", args.run_command.__name__, "Run it without torchrun.")
 
 
 def main(argv: list[str] | None = None) -> int:
     "Run the command; return the exit status."
     args = make_parser().parse_args(argv)
     try:
+        check_shared(args)
         answer = args.run_command(args)
     except KeyboardInterrupt:
         return report(InputError("the command must run to its end", "stopped by the keyboard", "Run it again."), args)
     except Exception as error:
         return report(error, args)
+    if answer is None:  # another rank speaks
+        return 0
     try:
         print(to_json(answer.value) if args.json else answer.text, flush=True)
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAIT_S', 'LOST', 'check_place', 'choose_parallel', 'check_shareable', 'Group', 'name_launch', 'is_restarted',
-           'add_up', 'Replicas', 'Shards', 'arrange', 'joined', 'facing_loss']
+           'find_launched', 'add_up', 'Replicas', 'Shards', 'arrange', 'joined', 'facing_loss']
 
 # %% ../nbs/35_distributed.ipynb #5035ff2b
 import os
@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .batch_size import memory_limit
 from .cost import train_bytes_by_part
-from .core import HardwareError, InputError, RuleError
+from .core import HardwareError, InputError, RuleError, read_json
 from .device import GIB, choose_device
 from .experiment import ComputeConfig, ExperimentConfig
 from .model_config import PatchTSTConfig
@@ -123,6 +124,15 @@ def is_restarted(environ: Mapping[str, str] = os.environ) -> bool:
     "Has torchrun started this rank again?"
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
+
+def find_launched(ranks: Alone, runs_dir: Path | str, run_dir: Path | str | None = None) -> Path | None:  # None: begin
+    "Find the run that this launch began before torchrun started it again."
+    if ranks.launch is None or not is_restarted():
+        return None
+    records = Path(runs_dir).glob("*/run.json") if run_dir is None else [Path(run_dir) / "run.json"]
+    found = [(r["started_utc"], p.parent) for p in records if p.exists() and (r := read_json(p)).get("launch") == ranks.launch]
+    return ranks.same(max(found)[1] if found else None)
+
 # %% ../nbs/35_distributed.ipynb #dd49e13a
 def add_up(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     "Sum a bucket of gradients over ranks."
@@ -136,7 +146,7 @@ class Replicas(Group):
     parallel = "ddp"
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, add_up)
         return wrapped
 
@@ -219,7 +229,7 @@ def facing_loss(rank: int, size: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
-        if isinstance(error, RuleError) or not is_lost:
+        if size == 1 or isinstance(error, RuleError) or not is_lost:
             raise
         found = f"rank {rank} of {size} heard no more of another ({' '.join(str(error).split())[:120]})"
         remedy = "The last checkpoint stays: `torchrun --max-restarts N` goes on by itself, `train --resume` when asked."

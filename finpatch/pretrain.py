@@ -190,6 +190,7 @@ def finish_masked(
     data_dir: Path | str,  # As every run is told; nothing is read there
     resumed_from_step: int | None = None,
 ) -> dict[str, object]:  # For result.json
-    "Judge the best weights; return the result."
-    load_weights(trainer.model, run_dir / "best.safetensors").eval()
-    return outcome(run_dir, trainer, config, budget, resumed_from_step) | judge_masked(trainer.model, trainer.dataset)
+    "Judge the best weights; return the result, on rank 0."
+    load_weights(trainer.model, run_dir / "best.safetensors", trainer.ranks).eval()
+    judged = judge_masked(trainer.model, trainer.dataset)
+    return {} if trainer.ranks.rank else outcome(run_dir, trainer, config, budget, resumed_from_step) | judged

@@ -140,7 +140,7 @@ def comparable(record: dict) -> dict:
     lineage = {f"{e['dataset_id']} v{e['version']}": e["content_sha256"] for e in record["lineage"]}
     made = {f.name: plain(f.default_factory()) for f in fields(ExperimentConfig) if f.default_factory is not MISSING}
     config = made | record["config"]
-    config |= {"model": made["model"] | config["model"]}
+    config |= {k: made[k] | config[k] for k in ("model", "compute")}
     return json.loads(json.dumps(record | {"lineage": lineage, "config": config}))
 
 
@@ -158,8 +158,8 @@ def check_same(old: dict, new: dict) -> None:
 
 def is_same_machine(old: dict, new: dict) -> bool:
     "Compare machine, versions and effective settings; name what differs in a warning."
-    parts = ("machine", "versions", "effective")
-    pairs = [(k, old.get(part, new[part]).get(k), v) for part in parts for k, v in new[part].items()]
+    parts, default = ("machine", "versions", "effective"), {"parallel": None, "n_ranks": 1}  # of a record from before ranks
+    pairs = [(k, old.get(part, new[part]).get(k, default.get(k)), v) for part in parts for k, v in new[part].items()]
     differing = [f"{k} {b} instead of {a}" for k, a, b in pairs if a != b]
     if differing:
         log.warning("resumed elsewhere, so not bit for bit: %s", ", ".join(differing))

@@ -90,7 +90,7 @@ def deal(
     if ranks.size == 1:
         return padded, weights
     mine = slice(ranks.rank, None, ranks.size)
-    return padded[mine], None if weights is None else weights[mine]
+    return padded[mine].contiguous(), None if weights is None else weights[mine]
 
 # %% ../nbs/30_trainer.ipynb #6fde64e8
 def train_step(
