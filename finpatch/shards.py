@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['shared_tensors', 'save_shards', 'finish_folder', 'clear_drafts', 'place_folder', 'wanted_tensors', 'seed_rank',
-           'read_shards', 'load_parts', 'SharedCheckpoint']
+           'read_shards', 'in_group', 'load_parts', 'SharedCheckpoint']
 
 # %% ../nbs/35a_shards.ipynb #b8d081ed
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from .checkpoint import Checkpoint, complete, digest_tensors, read_tensors, state_tensors
@@ -110,6 +113,19 @@ def read_shards(trainer: Trainer, path: Path, state: dict) -> dict[str, torch.Te
     return tensors | ({"epoch_loss": torch.zeros_like(trainer.epoch_loss)} if ranks.rank else {})
 
 
+@contextmanager
+def in_group() -> Iterator[None]:
+    "Be in a process group: that of the ranks, or one of one's own, since torch's reader asks for one."
+    is_alone = not dist.is_initialized()
+    if is_alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if is_alone:
+            dist.destroy_process_group()
+
+
 def load_parts(want: dict[str, torch.Tensor], files: list[Path]) -> dict[str, torch.Tensor]:
     "Fill tensors, or this rank's parts of them, from safetensors files; state of the optimiser that no file has is left out."
     import torch.distributed.checkpoint as dcp
@@ -119,7 +135,8 @@ def load_parts(want: dict[str, torch.Tensor], files: list[Path]) -> dict[str, to
         reader.fs.ls = lambda _: list(map(str, files))
         known = reader.read_metadata().state_dict_metadata
         want = {k: v for k, v in want.items() if k in known or not k.startswith("optimizer.")}
-        dcp.load(want, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        with in_group():
+            dcp.load(want, storage_reader=reader)
     except (ValueError, KeyError, TypeError, SafetensorError, dcp.api.CheckpointException) as error:
         found = f"{files[0].parent.name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise InputError("a checkpoint must hold the tensors of its run", found, "Remove it: the one before it is used.") from error
