@@ -84,7 +84,7 @@ def complete(trainer: Trainer, path: Path, digests: str | dict, appended: tuple[
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         shutil.rmtree(old.with_suffix(""), ignore_errors=True)
 
-
+# %% ../nbs/31a_checkpoint.ipynb #2ac0600d
 def read_checkpoint(path: Path | str) -> dict:
     "Read the JSON of a checkpoint; raise `InputError` unless it and its tensors are what was written."
     path, rule = Path(path), "a checkpoint must be as it was written"

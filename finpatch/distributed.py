@@ -99,11 +99,6 @@ class Group(Alone):
         dist.all_gather_object(box, value)
         return box
 
-    def most(self, values: torch.Tensor) -> torch.Tensor:
-        "Return the largest of each value over ranks."
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values
-
     def place(self, device: torch.device) -> torch.device:
         check_place(device, self.local_size)
         if device.type == "cuda":
@@ -223,7 +218,7 @@ def joined(
     dist.destroy_process_group()
     signal.signal(signal.SIGTERM, before)
 
-
+# %% ../nbs/35_distributed.ipynb #3ca882ef
 def leave(number: int, frame: object) -> None:
     "Say why a rank ends that torchrun tells to, where no trainer is at work to take it for a request; then end in order."
     signal.signal(number, signal.SIG_IGN)  # torchrun kills after thirty seconds

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'PACKAGES', 'SAME', 'ENDING', 'new_run_dir', 'open_run_dir', 'read_version', 'read_commit', 'make_record',
-           'recorded', 'comparable', 'check_same', 'is_same_machine', 'weights_sha256', 'stored_scaler', 'digest_files',
-           'check_files']
+           'recorded', 'opened', 'comparable', 'check_same', 'is_same_machine', 'weights_sha256', 'stored_scaler',
+           'digest_files', 'check_files']
 
 # %% ../nbs/41a_record.ipynb #f6f901c1
 import hashlib
@@ -13,7 +13,7 @@ import json
 import logging
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from importlib.resources import files
@@ -31,9 +31,14 @@ from .dataset import FinancialDataset, n_windows
 from .device import describe_machine
 from .experiment import ExperimentConfig
 from .features import code_sha256
+from .lock import exclusive
 from .panel import universe_digest
 from .patchtst import PatchTST
+from .ranks import Alone
 from .samples import Scaler
+from .thermal import watched
+from .tracking import tracked
+from .trainer import Callback
 
 log = logging.getLogger("finpatch")
 
@@ -130,6 +135,22 @@ def recorded(run_dir: Path, config: ExperimentConfig, record: dict) -> Iterator[
         write_json(run_dir / "run.json", record | ended)
         raise
     write_json(run_dir / "run.json", record | outcome | {"ended_utc": utc_now()})
+
+# %% ../nbs/41a_record.ipynb #e9a6090e
+@contextmanager
+def opened(
+    ranks: Alone, run_dir: Path, config: ExperimentConfig, record: dict, effective: dict, is_cooled: bool, is_tracked: bool
+) -> Iterator[tuple[list[Callback], dict]]:  # What watches the run; how it ended, to be filled in
+    "Hold sensor, lock, trackers and record of a run."
+    trace = None if ranks.rank else run_dir / "thermal.jsonl"
+    with ExitStack() as stack:
+        heat = stack.enter_context(watched(config.thermal if is_cooled else None, trace, effective))
+        if ranks.rank:
+            yield heat, {}
+            return
+        stack.enter_context(exclusive(run_dir / "checkpoints", timeout_s=1))
+        tracker = stack.enter_context(tracked(config, run_dir, record, is_tracked))
+        yield [*heat, tracker], stack.enter_context(recorded(run_dir, config, record))
 
 # %% ../nbs/41a_record.ipynb #8c5b30a6
 SAME = ("config", "budget", "model", "feature_names", "code_sha256", "scaler", "universe", "micro_batch_size", "lineage", "pretrained")

@@ -32,7 +32,7 @@ def shared_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors |= {k.replace("rng.", f"rng.{ranks.rank}."): v for k, v in draws.items()}
     return tensors | {"epoch_loss": ranks.total(trainer.epoch_loss)}
 
-
+# %% ../nbs/35a_shards.ipynb #e48a73d6
 def save_shards(
     trainer: Trainer,
     folder: Path | str,  # checkpoints/ of the run
@@ -63,7 +63,7 @@ def finish_folder(trainer: Trainer, draft: Path, path: Path, appended: tuple[Pat
     except OSError as error:
         return str(error)
 
-
+# %% ../nbs/35a_shards.ipynb #f27f3b61
 def clear_drafts(folder: Path) -> None:
     "Remove what a kill left of a checkpoint."
     for left in folder.glob(".step-*.tmp"):
@@ -90,7 +90,9 @@ def wanted_tensors(trainer: Trainer, is_same: bool) -> dict[str, torch.Tensor]:
 
 
 def seed_rank(trainer: Trainer, step: int = 0) -> None:
-    "Give this rank random numbers of its own."
+    "Give this rank random numbers of its own; leave those of one process as they are."
+    if trainer.ranks.parallel is None and step == 0:
+        return
     words = [trainer.seed, trainer.ranks.rank, trainer.ranks.size, step]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
@@ -112,7 +114,7 @@ def read_shards(trainer: Trainer, path: Path, state: dict) -> dict[str, torch.Te
         tensors |= dict(zip(("rng.cpu", "rng.device"), read_draws(trainer.device), strict=False))
     return tensors | ({"epoch_loss": torch.zeros_like(trainer.epoch_loss)} if ranks.rank else {})
 
-
+# %% ../nbs/35a_shards.ipynb #01560b5c
 @contextmanager
 def in_group() -> Iterator[None]:
     "Be in a process group: that of the ranks, or one of one's own, since torch's reader asks for one."
@@ -151,7 +153,8 @@ class SharedCheckpoint(Checkpoint):
     def agree(self, trainer: Trainer) -> None:
         "Make a request of one rank the request of all."
         ranks, is_asked = trainer.ranks, trainer.stop_reason is not None
-        said = ranks.most(torch.tensor([float(is_asked), -math.inf if ranks.rank else self.own_clock()], dtype=torch.float64))
+        said = torch.tensor([float(is_asked), -math.inf if ranks.rank else self.own_clock()], dtype=torch.float64)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
         self.now = said[1].item()
         if said[0] and not self.is_agreed:
             requests = ranks.every((trainer.stop_reason, trainer.is_paused))

@@ -120,7 +120,7 @@ def train_step(
     update(trainer)
     return total
 
-
+# %% ../nbs/30_trainer.ipynb #e4662905
 def update(trainer: "Trainer") -> None:
     "Clip and step; skip the step, and remember it, where a gradient is not finite."
     limit, params = trainer.optim.max_grad_norm or math.inf, list(trainer.model.parameters())
@@ -167,6 +167,8 @@ def mean_loss(trainer: "Trainer", split: str) -> float:
 # %% ../nbs/30_trainer.ipynb #5d530b96
 class Requests:
     "Events and requests of a trainer."
+
+    is_over = property(lambda self: self.stop_reason is not None or self.step >= self.n_steps)
 
     def emit(self, event: str) -> None:
         "Tell all callbacks, in their order."
@@ -231,7 +233,6 @@ class Trainer(Requests):
             self.emit("after_fit")
         return self
 
-    is_over = property(lambda self: self.stop_reason is not None or self.step >= self.n_steps)
 
 # %% ../nbs/30_trainer.ipynb #80edca8f
 def run_epoch(trainer: Trainer) -> None:

@@ -233,10 +233,9 @@ def base(tmp_path_factory):
 
 
 def test_every_field_is_listed_here():
-    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | BEGIN | {
-        "dataset"
-    }  # dataset: test_integration
-    elsewhere = {"thermal", "model.stride", "panel.min_symbols", "compute.checkpoint_every_s"}
+    tested_there = {"dataset", "compute.parallel"}  # test_integration, test_distributed
+    assert all_fields() == set(CHANGES) | set(HEAT) | set(PANEL) | set(TRACKED) | BEGIN | tested_there
+    elsewhere = {"thermal", "model.stride", "panel.min_symbols", "compute.checkpoint_every_s", "compute.parallel"}
     asked = {k for k in all_fields(MASKED) if k not in BEGIN and not k.startswith("thermal.")} | {"thermal"}
     assert asked == set(PRETRAIN) | elsewhere  # by the one path to a run; a stride is its patch length; no label, no peers
 
@@ -338,7 +337,7 @@ def test_the_settings_of_compute_and_thermal_reach_the_run(data_dir, tmp_path, m
     assert parts[Checkpoint].every_s == 7.0 and parts[ThermalCallback].config == config.thermal
     record = read_json(tmp_path / "run" / "run.json")
     assert record["config"]["compute"] == plain(config.compute) and record["config"]["thermal"]["dwell_s"] == 5.0
-    effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True}
+    effective = {"precision": "bf16", "is_compiled": False, "is_checkpointed": True, "is_fused": True, "parallel": None, "n_ranks": 1}
     heat = parts[ThermalCallback].start()
     parts[ThermalCallback].close()
     assert record["effective"] == effective | {"checkpoint_every_s": 7.0, "heat": heat}
