@@ -6,10 +6,13 @@
 __all__ = ['SPANS', 'C12', 'span_return', 'c12']
 
 # %% ../nbs/11f_closes.ipynb #32579083
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 
-from .indicators import INF, TIE, log_ratio, rsi, settle_ties, trailing_sigma
+from .adjust import Columns
+from .indicators import INF, TIE, column, log_ratio, rsi, settle_ties, trailing_sigma
 
 # %% ../nbs/11f_closes.ipynb #fdf04feb
 def span_return(
@@ -26,20 +29,20 @@ SPANS = (1, 5, 20, 60)
 
 
 def c12(
-    bars: pd.DataFrame,  # Forward-adjusted Close, oldest first
-) -> dict[str, np.ndarray]:  # Twelve arrays as long as the bars, float64
+    bars: pd.DataFrame | Columns,  # Forward-adjusted Close, oldest first
+) -> Iterator[tuple[str, np.ndarray]]:  # Twelve names and arrays as long as the bars, float64
     "Compute tier c12: returns, gaps to means, momentum and volatility from closes."
     import talib as ta
 
-    c = settle_ties(bars["Close"].to_numpy(np.float64))
+    c = settle_ties(column(bars, "Close"))
     sigma = trailing_sigma(c)
-    return (
-        {f"ret_{n}_rel": span_return(c, n) / (sigma * np.sqrt(n)) for n in SPANS}
-        | {f"sma_{n}_gap": log_ratio(c, ta.SMA(c, n)) for n in (10, 50, 200)}
-        | {"dema_20_gap": log_ratio(c, ta.DEMA(c, 20)), "rsi_14": rsi(c)}
-        | {"momentum_rel": (span_return(c, 250) - span_return(c, 20)) / (sigma * np.sqrt(230))}
-        | {"high_250_gap": log_ratio(c, ta.MAX(c, 250)), "log_sigma": log_ratio(sigma, 1.0)}
-    )
+    yield from ((f"ret_{n}_rel", span_return(c, n) / (sigma * np.sqrt(n))) for n in SPANS)
+    yield from ((f"sma_{n}_gap", log_ratio(c, ta.SMA(c, n))) for n in (10, 50, 200))
+    yield "dema_20_gap", log_ratio(c, ta.DEMA(c, 20))
+    yield "rsi_14", rsi(c)
+    yield "momentum_rel", (span_return(c, 250) - span_return(c, 20)) / (sigma * np.sqrt(230))
+    yield "high_250_gap", log_ratio(c, ta.MAX(c, 250))
+    yield "log_sigma", log_ratio(sigma, 1.0)
 
 # %% ../nbs/11f_closes.ipynb #a878e920
 C12 = (
