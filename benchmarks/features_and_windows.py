@@ -77,7 +77,7 @@ def held(n_rows: int) -> dict:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n_rows, 20), dtype=np.float32)
     y = (x[:, 0] > 0).astype(float)
-    from_arrays(x[:2000], y[:2000], kind="binary", context_length=60)  # what is loaded once
+    from_arrays(x[:2000], y[:2000], kind="binary", context_length=60).batch(torch.arange(512))  # what is loaded once
     before = resident_gib()
     data = from_arrays(x, y, kind="binary", context_length=60)
     for part in data.index["train"][: 512 * 20].split(512):

@@ -116,7 +116,7 @@ def make_dataset(source: Source, cell: Cell) -> FinancialDataset:
         return load_dataset(config, source.data_dir, scaler, frames=frames)
     frames = {k: f.loc[: pd.Timestamp(config.splits.val_end)] for k, f in frames.items()}
     dataset = load_dataset(config, source.data_dir, scaler, is_checked=False, frames=frames)
-    check_splits(dataset.samples, dataset.task, ("train", "val"))
+    check_splits(dataset.placed, dataset.task, ("train", "val"))
     return dataset
 
 # %% ../nbs/42b_cell.ipynb #a62f957b

@@ -23,7 +23,7 @@ from .experiment import ExperimentConfig, ModelConfig
 from .patchtst import PatchTST
 from .pretrain import PretrainConfig
 from .record import check_files, stored_scaler, weights_sha256
-from .samples import Scaler
+from .scaler import Scaler
 from .status import is_done, read_record
 
 # %% ../nbs/41d_pretrained.ipynb #9f160251

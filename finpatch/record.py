@@ -35,7 +35,7 @@ from .lock import exclusive
 from .panel import universe_digest
 from .patchtst import PatchTST
 from .ranks import Alone
-from .samples import Scaler
+from .scaler import Scaler
 from .thermal import watched
 from .tracking import tracked
 from .trainer import Callback

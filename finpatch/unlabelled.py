@@ -89,7 +89,8 @@ class MaskedDataset(Windows):
         self.task, self.patching, self.mask_ratio, self.names = Reconstruction(), patching, mask_ratio, tuple(names)
         self.context_length = patching.context_length
         self.samples = unlabelled_samples(rows, patching.context_length, val_sessions)
-        self.scaler = fit_scaler(rows, self.samples, patching.context_length, self.names, is_per_symbol)
+        trained = self.samples.loc[self.samples["split"] == "train", "row"].to_numpy()
+        self.scaler = fit_scaler(rows, trained, patching.context_length, self.names, is_per_symbol)
         x, self.clipped_share = scale_rows(rows, self.scaler, out)
         self.x, self.starts = torch.from_numpy(x), torch.from_numpy(first_rows(rows))  # (R, F), (S,)
         self.row = torch.tensor(self.samples["row"].to_numpy(np.int64))

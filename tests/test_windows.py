@@ -27,7 +27,7 @@ from finpatch.experiment import SplitsConfig, load_experiment_config
 from finpatch.features import compute_features
 from finpatch.market import load_ohlcv
 from finpatch.patchtst import PatchTST
-from finpatch.samples import sample_table, training_rows
+from finpatch.samples import place_samples, sample_table, training_rows
 from finpatch.targets import Task
 
 SPLITS = SplitsConfig(train_end=date(2011, 12, 31), val_end=date(2015, 12, 31), test_end=date(2018, 12, 31))
@@ -59,7 +59,7 @@ def seen_at(bars, t, scaler):
 
 
 def fitted(rows):
-    return Scaler.fit(rows.x[training_rows(sample_table(rows, SPLITS, 1), SPLITS.max_context)], ("",))
+    return Scaler.fit(rows.x[training_rows([rows], place_samples([rows], SPLITS, 1).rows_of("train"), SPLITS.max_context)], ("",))
 
 
 def test_windows_logits_and_scaler_at_200_random_cuts(bars, whole):
