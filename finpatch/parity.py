@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fast import AdamW
 from .patchtst import PatchTST, PatchTSTConfig
 
 # %% ../nbs/22b_parity.ipynb #fcf71990
@@ -77,7 +78,7 @@ def trace(model: nn.Module, x: Tensor) -> dict[str, dict[str, Tensor]]:  # outpu
         out["outputs"] |= copy({f"outputs in {mode} mode": y})
         out["loss"] |= copy({f"loss in {mode} mode": loss})
         out["gradients"] |= copy({f"gradient of {k} in {mode} mode": p.grad for k, p in model.named_parameters()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, fused=True)
+    optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-3, fused=True)
     for step in range(3):
         out["loss"] |= copy({f"loss at step {step}": backward(model, x)[1]})
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

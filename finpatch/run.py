@@ -32,7 +32,7 @@ from .doctor import certified
 from .experiment import ExperimentConfig, load_experiment_config
 from .job import check_lineage, draw, finish, make_model, make_model_config
 from .masked import MaskedPatchTST
-from .memory import own_limit_gib, steady_memory
+from .memory import keep_memory, own_limit_gib, steady_memory
 from .patchtst import PatchTST, PatchTSTConfig
 from .pretrain import MaskedTrainer, PretrainConfig, describe_masked, finish_masked, load_masked, make_masked_model
 from .pretrained import begin_with, find_pretrained
@@ -103,8 +103,7 @@ def assemble(
         micro_batch_size = micro_batch_size(question, config.optim.global_batch_size)
     check_range("micro_batch_size", micro_batch_size, 1)
     ranks, compute = arrange(ranks, config, model_config, micro_batch_size)
-    if micro_batch_size is not None or own_limit_gib():
-        steady_memory()
+    (steady_memory if micro_batch_size is not None or own_limit_gib() else keep_memory)()
     certificate = certified(device, model_config)
     make = make_masked_model if isinstance(config, PretrainConfig) else make_model
     model = make(config, budget, dataset, certificate["is_fused"])

@@ -20,6 +20,7 @@ from .core import HardwareError
 from .dataset import FinancialDataset
 from .device import read_draws, set_draws
 from .experiment import OptimConfig
+from .fast import AdamW
 from .ranks import ALONE, Alone
 
 # %% ../nbs/30_trainer.ipynb #883c3ca0
@@ -64,7 +65,7 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
         {"params": [p for k, p in params if is_matrix(k, p)], "weight_decay": optim.weight_decay},
         {"params": [p for k, p in params if not is_matrix(k, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    return AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 # %% ../nbs/30_trainer.ipynb #04248c0b
 def pad(
