@@ -1,10 +1,12 @@
 """Cells of a study an hour, beside one `finpatch train` process a cell.
 
 The ladder of the shipped study at one learning rate, one task and one fold; one process a cell is what a shell loop does, as many at
-a time as there are processors, a thread each. The study makes its baselines besides; they are not counted as cells.
+a time as there are processors, a thread each. The study makes its baselines besides; they are not counted as cells. Both take turns.
 """
 
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -12,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .children import command, environment, make_data, run
-from .turns import row
+from .turns import median_ratio, row
 
 BUDGETS = ("10k", "23k", "55k", "130k", "300k")
 OPTIM = "{{lr: 1e-3, weight_decay: 0.05, warmup_steps: 20, global_batch_size: 128, epochs: {epochs}, patience: 4}}"
@@ -56,8 +58,6 @@ def processes_s(folder: Path, budgets: tuple, n_seeds: int, epochs: int) -> floa
         path = folder / f"cell{seed}.yaml"
         path.write_text(CELL.format(seed=seed, model=MODEL, optim=OPTIM.format(epochs=epochs)))
         where = ["--data-dir", str(folder / "data"), "--run-dir", str(folder / f"{budget}-{seed}"), "--device", "cpu"]
-        import subprocess
-
         words = command("train", "--config", str(path), "--budget", budget, *where)
         subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment() | {"OMP_NUM_THREADS": "1"})
 
@@ -68,11 +68,17 @@ def processes_s(folder: Path, budgets: tuple, n_seeds: int, epochs: int) -> floa
     return time.perf_counter() - began
 
 
-def rows(budgets: tuple = BUDGETS, n_seeds: int = 3, epochs: int = 100) -> list[dict]:
+def rows(budgets: tuple = BUDGETS, n_seeds: int = 3, epochs: int = 100, n_turns: int = 3) -> list[dict]:
+    took = {"processes": [], "study": []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_data(folder / "data", "raw6")
-        plain, own = processes_s(folder, budgets, n_seeds, epochs), study_s(folder, budgets, n_seeds, epochs)
-    n = len(budgets) * n_seeds
-    detail = f"{n} cells: {n / own * 3600:.0f} an hour in {own:.0f} s, against {n / plain * 3600:.0f} in {plain:.0f} s"
-    return [row(f"study of {budgets[0]} to {budgets[-1]}, {n_seeds} seeds, against a process a cell", "≥ 2 ×", f"{plain / own:.2f} ×", detail)]
+        make_data(Path(name) / "data", "raw6")
+        for turn in range(n_turns):
+            folder = Path(name) / str(turn)
+            folder.mkdir()
+            (folder / "data").symlink_to(Path(name) / "data")
+            for who, call in (("processes", processes_s), ("study", study_s))[:: -1 if turn % 2 else 1]:
+                took[who].append(call(folder, budgets, n_seeds, epochs))
+    n, middle = len(budgets) * n_seeds, {who: statistics.median(seconds) for who, seconds in took.items()}
+    told = {who: f"{n / s * 3600:.0f} an hour in {s:.0f} s" for who, s in middle.items()}
+    work, ratio = f"study of {budgets[0]} to {budgets[-1]}, {n_seeds} seeds, against a process a cell", median_ratio(*took.values())
+    return [row(work, "≥ 2 ×", f"{ratio:.2f} ×", f"{n} cells: {told['study']}, against {told['processes']}")]

@@ -135,7 +135,7 @@ class Once(logging.Filter):
         return is_new
 
 # %% ../nbs/43a_work.ipynb #54faf55e
-PRELOADED = ["finpatch.work", "torch._dynamo", "sklearn.ensemble", "sklearn.linear_model"]
+PRELOADED = ["finpatch.work", "sklearn.ensemble", "sklearn.linear_model"]
 
 
 def start_workers(n: int, *args: object) -> list[tuple[multiprocessing.Process, Connection]]:
