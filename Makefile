@@ -1,6 +1,6 @@
 # Two commands set everything up on a fresh machine: `make run` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help install run panel test soak verify check style docs lab bench calibrate wheel clean
+.PHONY: help install run panel test soak verify check style docs lab bench bench-gpu calibrate wheel clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,6 +69,9 @@ $(VENV)/bench.done: $(SOURCES) | $(BIN)/python
 
 bench: $(VENV)/bench.done ## Time this project beside its peers and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(VENV)/bench.done ## Time a training step on the CUDA device of this machine, and name it
+	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(VENV)/all.done ## Train ladders on series whose answer is known and write the page of their verdicts
 	$(BIN)/python -m benchmarks.calibrate

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.__main__ import PARTS, render
 from benchmarks.turns import median_ratio, take_turns
 
@@ -11,7 +12,7 @@ TINY = {
     "paper": {"n_turns": 1, "n_windows": 2, "n_learn": 4},
     "presets": {"n_turns": 2, "small": "20k", "large": "20k", "n_windows": 8},
     "run": {"n_turns": 1, "budget": "5k", "epochs": 1},
-    "study": {"budgets": ("2k", "3k"), "n_seeds": 1, "epochs": 1},
+    "study": {"budgets": ("2k", "3k"), "n_seeds": 1, "epochs": 1, "n_turns": 1},
     "trainer": {"budget": "5k", "n_steps": 30},
     "data": {"n_turns": 1, "n_symbols": 1, "n_rows": 700, "n_windows": 6000},
     "panel": {"sizes": (2, 4)},
@@ -35,6 +36,14 @@ def test_every_row_is_made_at_tiny_sizes(name):
         assert row.keys() == {"work", "target", "measured", "detail"} and all(row.values())
         assert row["measured"] == "not measured" or re.search(r"\d", row["measured"]), row
     assert rows[0]["work"] in render(rows, {"device": "cpu"})
+
+
+@pytest.mark.soak
+def test_the_lines_for_a_gpu_run_at_tiny_sizes_and_claim_nothing_without_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = gpu.rows(gpu.TINY)
+    assert len(found) == len(gpu.PARTS) == 5
+    assert {row["measured"] for row in found} == {"not measured"} and all("no CUDA device" in row["detail"] for row in found)
 
 
 def test_turns_alternate_and_the_warm_ones_do_not_count():
