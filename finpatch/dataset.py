@@ -76,17 +76,11 @@ class FinancialDataset:
         self.placed = place_samples(rows, splits, task.horizon)
         if is_checked: check_splits(self.placed, task)
         self.index = {k: torch.from_numpy(self.placed.of(k)) for k in SPLITS}
-        trained = self.placed.rows_of("train")
-        self.scaler = scaler or fit_scaler(rows, trained, splits.max_context, self.names, is_per_symbol)
-        if len(trained) > LARGE: give_back()  # what was counted with, before the largest array is made
+        self.scaler = scaler or fit_scaler(rows, self.placed.rows_of("train"), splits.max_context, self.names, is_per_symbol)
+        if len(self.index["train"]) > LARGE: give_back()  # what was counted with, before the largest array is made
         x, self.clipped_share = scale_rows(rows, self.scaler, out)
         self.x, self.starts = torch.from_numpy(x), torch.from_numpy(self.placed.first)  # (R, F), (S,)
         self.y, self.row = (torch.from_numpy(v) for v in (self.placed.y.astype(np.float32, copy=False), self.placed.row))  # (n,), int32
-
-    @property
-    def samples(self) -> pd.DataFrame:  # split, symbol, origin, target_end, y, row
-        "Tabulate the samples; made anew at each call."
-        return self.placed.table()
 
     def to(self, device: torch.device | str) -> "FinancialDataset":
         "Move rows and labels to a device, once."
@@ -99,8 +93,7 @@ class FinancialDataset:
 
     def batch(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, F), (B,)
         "Gather windows and labels of samples, given by their place in the table, which holds whole windows only."
-        samples = samples.to(self.x.device)
-        row, y = (values.index_select(0, samples) for values in (self.row, self.y))  # half the time of values[samples]
+        row, y = (values.index_select(0, samples.to(values.device)) for values in (self.row, self.y))  # half the time of values[samples]
         return gather(self.x, row.long() - (self.context_length - 1), self.context_length), y
 
 # %% ../nbs/15_dataset.ipynb #39177e72
@@ -129,6 +122,7 @@ def describe(dataset: FinancialDataset) -> pd.DataFrame:
     return grouped.agg(**columns).reindex(SPLITS)
 
 
+FinancialDataset.samples = property(lambda self: self.placed.table(), doc="Tabulate the samples; made anew at each call.")
 FinancialDataset._repr_html_ = lambda self: describe(self).to_html()
 
 # %% ../nbs/15_dataset.ipynb #18ad9070

@@ -61,8 +61,7 @@ class Scaler:
 
     def of(self, symbol: str) -> "Scaler":
         "Return the scaler of a symbol."
-        if not self.symbols:
-            return self
+        if not self.symbols: return self
         if symbol not in self.symbols:
             raise InputError("a scaler per symbol knows the symbols it was fitted on", f"`{symbol}`", "Use `panel.scaler: pooled`, or leave the symbol out.")
         row = self.symbols.index(symbol)
