@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from finpatch.callbacks import Schedule
 from finpatch.checkpoint import Checkpoint, digest_tensors, load_checkpoint, newest_checkpoint, read_checkpoint
 from finpatch.cli import main
+from finpatch.compute import set_up
 from finpatch.config import dump_yaml
 from finpatch.core import HardwareError, InputError, json_digest, read_json
 from finpatch.dataset import FinancialDataset
@@ -86,7 +87,7 @@ def on_ranks(n, work, *words) -> list:
                 rank.kill()
 
 
-def make_trainer(ranks, *callbacks, micro_batch_size=None):
+def make_trainer(ranks, *callbacks, micro_batch_size=None, compute=None):
     "A tiny model in float64 on 450 training windows, of which the last step of an epoch gets none but a few."
     rng = np.random.default_rng(0)
     x = rng.normal(size=(705, 4))
@@ -94,6 +95,8 @@ def make_trainer(ranks, *callbacks, micro_batch_size=None):
     data.x, data.y = data.x.double(), data.y.double()
     torch.manual_seed(0)
     model = ranks.shard(PatchTST(MODEL).double())
+    if compute is not None:
+        set_up(model, compute, data.batch(data.index["train"][:9])[0], torch.device("cpu"))
     return Trainer(model, data, OPTIM, micro_batch_size=micro_batch_size, ranks=ranks, callbacks=[Schedule(), Gradients(), *callbacks])
 
 
@@ -124,7 +127,7 @@ class PauseAt(Callback):
             trainer.request_pause("asked")
 
 
-def arranged(group, parallel, limit_gib=None):
+def arranged(group, parallel):
     config = replace(CONFIG, compute=ComputeConfig(parallel=parallel))
     return arrange(group, config, MODEL)
 
@@ -143,7 +146,20 @@ def train_and_save(group, folder):
                 trainer = make_trainer(ranks)
                 assert load_checkpoint(trainer, folder / of, read=read_shards) == 11
                 found[way, of] = outcome(trainer)
+    if group.size == 2:
+        ranks, compute = in_little_memory(group)
+        found["short"] = outcome(make_trainer(ranks, compute=compute))
     return found
+
+
+def in_little_memory(group):
+    "Let the memory model choose for a device that offers less than the activations need."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finpatch.distributed.memory_limit", lambda device: (1e-6, "test"))
+        ranks, compute = arranged(group, "auto")
+    assert (ranks.parallel, compute.is_checkpointed) == ("fsdp", True)
+    assert arranged(group, "auto")[0].parallel == "ddp"
+    return ranks, compute
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +181,7 @@ def assert_close(found, want):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "way"), [*product((1, 2, 4), WAYS), (2, ("ddp", "cut")), (2, ("fsdp", "cut"))])
+@pytest.mark.parametrize(("n", "way"), [*product((1, 2, 4), WAYS), (2, ("ddp", "cut")), (2, ("fsdp", "cut")), (2, "short")])
 def test_ranks_end_with_the_weights_and_losses_of_one_process(n, way, shared, alone):
     for answer in shared[0][n]:
         assert_close(answer[way], alone)
@@ -368,7 +384,7 @@ def run_together(group, data_dir, run_dir, config, callbacks=()):
     if (run_dir / "run.json").exists():
         resume_run(run_dir, data_dir, **how)
     else:
-        train_run(config, "5k", data_dir=data_dir, run_dir=run_dir, device="cpu", checkpoint_every_s=0.0, **how)
+        train_run(config, "5k", data_dir=data_dir, run_dir=run_dir, device="cpu", **how)
 
 
 def run_two(group, data_dir, folder):
