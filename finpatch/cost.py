@@ -59,7 +59,7 @@ def activation_floats(
     rows = micro_batch_size * c.n_channels * c.n_patches
     slopes, _ = per_width(c)
     stats = 2 if c.norm == "layernorm" else 0  # mean and deviation per row and norm
-    is_batched = c.d_model <= 8 * c.n_heads and c.n_patches <= 256  # see `fast.attention`
+    is_batched = (c.d_model <= 8 * c.n_heads or c.n_patches < 16) and c.n_patches <= 256  # see `fast.attention`
     attention = 2 * c.d_model + 3 * c.n_heads * c.n_patches if is_noisy else c.d_model + c.n_heads * (c.n_patches if is_batched else 1)
     layer = (8 + 2 * is_noisy) * c.d_model + (2 + is_noisy) * c.d_ff + 2 * stats + attention
     ends = slopes["patching"] - 1 + (1 + is_noisy + c.final_norm + (c.head_dropout > 0)) * c.d_model
