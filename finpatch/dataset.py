@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'PRICES', 'window_view', 'gather', 'give_back', 'FinancialDataset', 'window_starts', 'n_windows', 'describe',
-           'rows_from_frame', 'frame_reader', 'load_dataset', 'from_arrays', 'check_kind', 'given_labels']
+           'rows_from_frame', 'frame_reader', 'load_dataset', 'check_kind', 'given_labels', 'from_arrays']
 
 # %% ../nbs/15_dataset.ipynb #e4356087
 import ctypes
@@ -180,6 +180,18 @@ def load_dataset(
     own = config.panel.scaler == "per_symbol"
     return FinancialDataset(rows, names, task, config.splits, config.context_length, scaler, is_checked, own, out=x)
 
+# %% ../nbs/15_dataset.ipynb #e1f2a3b4
+def check_kind(kind: str, y: np.ndarray) -> None:
+    "Raise unless labels are of their kind."
+    if kind not in KINDS: raise InputError("`kind` must be binary or real", kind, nearest(str(kind), list(KINDS)))
+    if kind == "binary" and not np.isin(y[~np.isnan(y)], (0, 1)).all():
+        raise InputError("binary labels must be 0 and 1", np.unique(y[~np.isnan(y)])[:3], "Recode them, or use `real`.")
+
+
+def given_labels(prices: pd.DataFrame, horizon: int) -> pd.Series:
+    "Refuse to compute labels that came as an array."
+    raise InputError("labels of `from_arrays` are given, not computed", "prices", "Use a named `Task` for prices.")
+
 # %% ../nbs/15_dataset.ipynb #6a7febe5
 def from_arrays(
     x: np.ndarray,  # (n, F) features, oldest first
@@ -207,18 +219,6 @@ def from_arrays(
     del rows, sessions
     if n > LARGE: give_back()
     return data
-
-
-def check_kind(kind: str, y: np.ndarray) -> None:
-    "Raise unless labels are of their kind."
-    if kind not in KINDS: raise InputError("`kind` must be binary or real", kind, nearest(str(kind), list(KINDS)))
-    if kind == "binary" and not np.isin(y[~np.isnan(y)], (0, 1)).all():
-        raise InputError("binary labels must be 0 and 1", np.unique(y[~np.isnan(y)])[:3], "Recode them, or use `real`.")
-
-
-def given_labels(prices: pd.DataFrame, horizon: int) -> pd.Series:
-    "Refuse to compute labels that came as an array."
-    raise InputError("labels of `from_arrays` are given, not computed", "prices", "Use a named `Task` for prices.")
 
 
 FinancialDataset.from_arrays, FinancialDataset.load = staticmethod(from_arrays), staticmethod(load_dataset)

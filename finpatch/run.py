@@ -151,8 +151,7 @@ def execute(
         resumed_from = load_checkpoint(trainer, folder, appended, read_shards)
         trainer.fit()
         if trainer.is_paused:
-            ended |= {"status": "stopped", "stop_reason": trainer.stop_reason, "step": trainer.step}
-            ended["resumed_from_step"] = resumed_from or None
+            ended |= {"status": "stopped", "stop_reason": trainer.stop_reason, "step": trainer.step, "resumed_from_step": resumed_from or None}
             return run_dir
         conclude = finish_masked if isinstance(job.config, PretrainConfig) else conclude
         result = conclude(run_dir, trainer, job.config, job.budget, job.data_dir, resumed_from or None)
