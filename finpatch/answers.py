@@ -171,7 +171,7 @@ def pretrain(args: argparse.Namespace) -> Answer:
 # %% ../nbs/49_answers.ipynb #0db3076c
 def train_shared(args: argparse.Namespace, config: object, clock: dict) -> Answer | None:  # config None: resume; None: another rank speaks
     "Train, alone or among the ranks of this launch."
-    from finpatch.distributed import find_launched, joined
+    from finpatch.distributed import joined
     from finpatch.ranks import ALONE
     from finpatch.run import resume_run, train_run
     from finpatch.status import is_done, newest_unfinished
@@ -180,7 +180,7 @@ def train_shared(args: argparse.Namespace, config: object, clock: dict) -> Answe
         if args.parallel and ranks is ALONE:
             fix = "Start it with `torchrun --nproc-per-node N -m finpatch train …`, or leave it out."
             raise InputError("`--parallel` says how ranks share a run", "one process", fix)
-        again = find_launched(ranks, args.runs_dir, args.run_dir)
+        again = ranks.begun()
         if again and is_done(again):
             run_dir = again
         elif again or config is None:

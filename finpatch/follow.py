@@ -18,7 +18,7 @@ from .thermal_trace import plot_thermal, read_trace
 
 # %% ../nbs/32a_follow.ipynb #03c74624
 NO_SETTING = ("schema_version", "status", "error", "started_utc", "ended_utc", "stop_reason", "step", "sessions",
-              "resumed_from_step", "is_bitwise", "launch", "config", "model", "lineage", "scaler", "feature_names", "certificate", "trackers")
+              "resumed_from_step", "is_bitwise", "config", "model", "lineage", "scaler", "feature_names", "certificate", "trackers")
 
 
 def settings_of(

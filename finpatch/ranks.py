@@ -7,6 +7,7 @@ __all__ = ['ALONE', 'Alone']
 
 # %% ../nbs/29_ranks.ipynb #b3e608e8
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ import torch
 class Alone:
     "One process, which holds everything and does everything."
 
-    rank, size, parallel, launch = 0, 1, None, None
+    rank, size, parallel = 0, 1, None
 
     def shard(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
@@ -44,6 +45,11 @@ class Alone:
 
     def place(self, device: torch.device) -> torch.device:
         return device
+
+    def note(self, run_dir: Path | str) -> None: ...
+
+    def begun(self) -> str | None:
+        return None
 
 
 ALONE = Alone()

@@ -113,7 +113,7 @@ def assemble(
     x, _ = dataset.batch(dataset.index["train"][: record["micro_batch_size"]])  # (b, T, F)
     effective = set_up(ranks.shard(model), compute, x, device, certificate["dtypes"]["bfloat16"]["is_ok"])
     effective |= {"is_fused": certificate["is_fused"], "parallel": ranks.parallel, "n_ranks": ranks.size}
-    record |= {"certificate": certificate, "effective": effective} | ({"launch": ranks.launch} if ranks.launch else {})
+    record |= {"certificate": certificate, "effective": effective}
     return Job(config, budget, Path(data_dir), dataset, device, model, record, ranks)
 
 # %% ../nbs/42_run.ipynb #9e822e12
@@ -146,6 +146,7 @@ def execute(
     callbacks = default_callbacks(run_dir, job.config.optim, is_progress_shown, ranks.rank == 0) + kept
     kept_open = opened(ranks, run_dir, job.config, job.record, effective, is_cooled, is_tracked)
     with kept_open as (watching, ended), facing_loss(ranks.rank, ranks.size):
+        ranks.note(run_dir)
         trainer = make_trainer(job, [*callbacks, *watching], effective["precision"])
         seed_rank(trainer)
         resumed_from = load_checkpoint(trainer, folder, appended, read_shards)

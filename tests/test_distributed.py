@@ -77,7 +77,7 @@ def on_ranks(n, work, *words) -> list:
         for rank in ranks:
             rank.start()
         try:
-            end = time.monotonic() + 100
+            end = time.monotonic() + 300
             while any(rank.exitcode is None for rank in ranks) and time.monotonic() < end:
                 time.sleep(0.02)
             assert [rank.exitcode for rank in ranks] == [0] * n
@@ -379,12 +379,9 @@ class Leave(PauseAt):
 
 
 def run_together(group, data_dir, run_dir, config, callbacks=()):
-    "Train on real data, or go on; return the devices' share of the weights, for what FSDP keeps."
+    "Train on real data, as the command does."
     how = {"is_progress_shown": False, "ranks": group, "callbacks": callbacks if group.rank else ()}
-    if (run_dir / "run.json").exists():
-        resume_run(run_dir, data_dir, **how)
-    else:
-        train_run(config, "5k", data_dir=data_dir, run_dir=run_dir, device="cpu", **how)
+    train_run(config, "5k", data_dir=data_dir, run_dir=run_dir, device="cpu", **how)
 
 
 def run_two(group, data_dir, folder):
@@ -410,14 +407,13 @@ def test_a_stopped_run_of_two_ranks_ends_in_one_process_as_if_it_had_always_had_
     record = read_json(stopped / "run.json")
     assert (record["status"], record["stop_reason"]) == ("stopped", "STOP file") and 12 <= record["step"] <= 13
     assert (record["effective"]["parallel"], record["effective"]["n_ranks"]) == ("fsdp", 2)
-    whole = train_run(CONFIG, "5k", data_dir=data_dir, run_dir=tmp_path / "whole", device="cpu", is_progress_shown=False)
+    how = {"is_progress_shown": False, "conclude": lambda *_: {}}  # the weights are enough
+    whole = train_run(CONFIG, "5k", data_dir=data_dir, run_dir=tmp_path / "whole", device="cpu", **how)
     resume_run(stopped, data_dir, is_progress_shown=False)
     assert "parallel None instead of fsdp" in caplog.text and "n_ranks 1 instead of 2" in caplog.text
     np.testing.assert_allclose(weights_of(stopped), weights_of(whole), rtol=0, atol=2e-4)  # float32, 40 steps of AdamW
-    result, want = read_json(stopped / "result.json"), read_json(whole / "result.json")
+    result = read_json(stopped / "result.json")
     assert result["resumed_from_step"] == record["step"] and not result["is_bitwise"]
-    assert result["n_windows"] == want["n_windows"]
-    assert result["test"]["log_loss"]["value"] == pytest.approx(want["test"]["log_loss"]["value"], abs=1e-4)
 
 
 def test_a_run_of_two_ranks_is_a_run_like_any_other(runs, data_dir):
@@ -467,7 +463,7 @@ def test_a_rank_that_is_killed_costs_the_time_since_the_last_checkpoint(runs, da
         while child.poll() is None and not list(run_dir.glob("checkpoints/step-*.json")):
             time.sleep(0.02)
         kill_rank(mark, 1)
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert "finpatch, rank 0: all ranks of a run must live" in err
     result = json.loads(out.splitlines()[-1])
