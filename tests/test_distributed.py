@@ -88,7 +88,7 @@ def on_ranks(n, work, *words) -> list:
 
 
 def make_trainer(ranks, *callbacks, micro_batch_size=None, compute=None):
-    "A tiny model in float64 on 450 training windows, of which the last step of an epoch gets none but a few."
+    "A tiny model in float64 on 473 training windows, so that the last of ten steps gets 23 instead of 50."
     rng = np.random.default_rng(0)
     x = rng.normal(size=(705, 4))
     data = FinancialDataset.from_arrays(x, (x[:, 0] > 0).astype(float), kind="binary", context_length=20)
