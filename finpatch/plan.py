@@ -93,6 +93,9 @@ class StudyConfig:
         if self.optim.patience is None:
             rule, fix = "a study needs `optim.patience`: its cells end where validation says so", "Set it, e.g. to 5."
             raise InputError(rule, "null", fix)
+        if self.compute.parallel != "auto":
+            rule, fix = "a cell of a study has one process", "Leave `compute.parallel` out."
+            raise InputError(rule, f"`compute.parallel: {self.compute.parallel}`", fix)
         used = sorted(set(self.rates.seeds if self.rates else ()) & set(range(self.axes.n_seeds)))
         if used:
             rule = "`rates.seeds` must not be seeds of the study"

@@ -200,6 +200,7 @@ CHANGES = {
 }
 CLOCKWORK = {"compute.checkpoint_every_s": 5.0, "thermal": ThermalConfig(fair_c=60.0)}  # decide nothing but the clock
 OTHERS = {
+    "compute.parallel",  # refused: a cell has one process
     "symbols",
     "model",
     "optim",
