@@ -64,7 +64,7 @@ docs: $(VENV)/all.done ## Build the site into _docs, with Quarto or its stand-in
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/docs/build
 
 $(VENV)/bench.done: $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study,bench]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[dev,market,panel,tracking,study,cluster,bench]'
 	touch $@ $(VENV)/core.done $(VENV)/all.done
 
 bench: $(VENV)/bench.done ## Time this project beside its peers and write benchmarks/RESULTS.md

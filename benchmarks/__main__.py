@@ -43,7 +43,8 @@ def main(names: list[str]) -> None:
     rows = []
     for name in names or PARTS:
         print(f"{name} …", file=sys.stderr, flush=True)
-        rows += PARTS[name].rows()
+        rows += (found := PARTS[name].rows())
+        print(*(f"  {r['work']}: {r['measured']} ({r['target']}); {r['detail']}" for r in found), sep="\n", file=sys.stderr, flush=True)
     table = render(rows, describe_machine(torch.device("cpu")) | {"torch": torch.__version__.split("+")[0]})
     print(table)
     if not names:
