@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from finpatch import fast, parity
 from finpatch.core import HardwareError, read_json, to_json
 from finpatch.doctor import certified, certify, certify_once, check_certificate, probe_dtype, probe_isolation, trust
 from finpatch.experiment import load_experiment_config
@@ -241,14 +242,14 @@ def test_frozen_batch_statistics_are_found():
 
 
 def test_an_optimiser_that_steps_otherwise_is_found(monkeypatch):
-    class Decays(torch.optim.AdamW):
+    class Decays(parity.AdamW):
         n = 0
 
         def __init__(self, params, **options):
             Decays.n += 1  # the reference comes first, the candidate second
             super().__init__(params, **options, weight_decay=0.01 if Decays.n % 2 else 1.0)
 
-    monkeypatch.setattr(torch.optim, "AdamW", Decays)
+    monkeypatch.setattr(parity, "AdamW", Decays)
     report = probe_parity(CPU, make_of(PatchTST), FEW)
     assert not report["is_ok"] and "after 3 steps" in report["where"] and report["gradients"] < 1e-4
 
@@ -386,13 +387,13 @@ QUICK_RUN = override(load_experiment_config("sp500_direction"), max_steps=2, is_
 
 
 def test_a_run_on_a_device_with_broken_fused_attention_uses_math_and_records_it(fresh, data_dir, tmp_path, monkeypatch):
-    calls, honest = [], F.scaled_dot_product_attention
+    calls, honest = [], fast.attention
 
-    def broken(q, k, v, *args, **options):
+    def broken(q, k, v, dropout):
         calls.append(q.shape)
-        return honest(q, k, v.flip(2), *args, **options)
+        return honest(q, k, v.flip(2), dropout)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    monkeypatch.setattr("finpatch.patchtst.attention", broken)
     count, options = Count(calls), {"data_dir": data_dir, "is_progress_shown": False, "device": "cpu"}
     path = train_run(QUICK_RUN, "5k", run_dir=tmp_path / "run", callbacks=(count,), **options)
     assert 0 < count.before == len(calls)  # the doctor tried it; neither training nor prediction did
