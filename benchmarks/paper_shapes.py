@@ -131,11 +131,12 @@ def rows(n_turns: int = 25, n_windows: int = 32, n_learn: int = 200) -> list[dic
             found.append(not_measured(work, f"≥ {FASTER[peer][0]} ×", error))
             continue
         seconds = take_turns({name: step for name, (_, _, step) in ways.items()}, n_turns)
-        for _ in range(n_learn - n_turns - 2):
+        n_steps = n_learn if rate is not None else n_turns + 2  # equal losses are asked for at equal dropout
+        for _ in range(n_steps - n_turns - 2):
             for _, _, step in ways.values():
                 step()
         losses = {name: test_loss(model, loss, n_windows) for name, (model, loss, _) in ways.items()}
-        found += speed_rows(work, FASTER[peer], seconds, losses, n_learn)
+        found += speed_rows(work, FASTER[peer], seconds, losses, n_steps)
     return found
 
 
