@@ -71,6 +71,8 @@ def draw_ladder(ax, rows: list[dict], base: dict, seen: float, unit: str) -> Non
     left, middle = min(x) / 1.5, float(y.mean())
     ax.errorbar([left], [middle], [[seen / 2], [seen / 2]], fmt="none", capsize=4, color=RED, label="smallest difference seen")
     ax.set(xlabel="parameters", ylabel=f"test loss, {unit}")
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend
 
 # %% ../nbs/45b_figures.ipynb #b7be37fa
 def path_band(difference: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:  # (n,) running sum; (n,) half band
