@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_the_lock_covers_every_requirement():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
     cfg, names = parser["DEFAULT"], {normal(n) for n in locked()}
-    for key in ("requirements", "market_requirements", "panel_requirements", "bench_requirements", "dev_requirements"):
+    for key in ("requirements", "market_requirements", "panel_requirements", "cluster_requirements", "bench_requirements", "dev_requirements"):
         for requirement in cfg[key].split():
             assert normal(re.split(r"[<>=]", requirement)[0]) in names, requirement
     core = cfg["requirements"].lower()
@@ -86,7 +87,7 @@ def test_what_is_installed_is_what_the_lock_says():
     if not Path(sys.prefix).resolve().is_relative_to(ROOT):
         pytest.skip(f"not the environment that `make install` makes: {sys.prefix}")
     want = {normal(k): v for k, v in locked().items()}
-    found = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions()}
+    found = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions(path=[sysconfig.get_path("purelib")])}
     odd = {n: v for n, v in found.items() if n != "finpatch" and want.get(n) != v}
     assert not odd
 
