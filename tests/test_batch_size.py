@@ -127,11 +127,11 @@ CONFIG = PatchTSTConfig(  # much memory, little arithmetic
     stride=1,
     d_model=16,
     n_heads=8,
-    n_layers=3,
+    n_layers=6,
     d_ff=16,
     head_dropout=0.1,
 )
-MODEL = "d_model: 16\nn_heads: 8\nn_layers: 3\nd_ff: 16\n"
+MODEL = "d_model: 16\nn_heads: 8\nn_layers: 6\nd_ff: 16\n"
 FIT = """
 import sys
 from finpatch.memory import cap_own_memory
@@ -161,7 +161,7 @@ def start_fit(cap_gib, n, data_dir, folder):
 @pytest.mark.soak
 @needs_limit
 def test_the_answer_under_a_cap_is_close_to_the_limit_and_every_fit_at_it_survives(data_dir, tmp_path):
-    cap = round(loaded_gib() + 1.0, 2)
+    cap = round(loaded_gib() + 0.7, 2)  # reached before 1,024 windows, the most that `search` looks at
     question = pose(CONFIG, "cpu", mem_cap_gib=cap)
     assert question.limit == (cap, "mem_cap"), "this machine has too little memory free for the test"
     probes = search(make_fits(question, cap, lambda probe: None), cap)
