@@ -1,7 +1,7 @@
 """What a second worker brings: cells an hour of one small study on a Ray cluster of this machine, with one worker and with two.
 
-A cluster is started for each. The rate is that between the second result and the last, so that neither the start of Ray nor
-the first import of torch in a worker is in it; the whole time is told beside it.
+A cluster is started for each. The rate is that of the results after the second, and after the baselines, so that neither the start
+of Ray nor the first import of torch in a worker is in it; the whole time is told beside it.
 """
 
 import tempfile
@@ -31,12 +31,13 @@ def cells_an_hour(config, folder: Path, n_workers: int) -> tuple[float, float]:
     began, study_dir = time.monotonic(), folder / f"study-{n_workers}"
     ended = work_on_cluster(Plan(config, Source(folder / "data", "cpu")), study_dir, n_workers=n_workers)
     assert ended == {"is_stopped": False, "failed": {}}, ended
-    paths = [p for p in study_dir.glob("cells/*/result.json") if read_json(p)["role"] == "study"]
-    times = sorted(p.stat().st_mtime for p in paths)
-    return 3600 * (len(times) - 2) / (times[-1] - times[1]), time.monotonic() - began
+    ends = [(read_json(p)["role"], p.stat().st_mtime) for p in study_dir.glob("cells/*/result.json")]
+    times = sorted(t for role, t in ends if role == "study")
+    first = max([times[1], *(t for role, t in ends if role != "study" and t < times[-1])])
+    return 3600 * sum(t > first for t in times) / (times[-1] - first), time.monotonic() - began
 
 
-def rows(budget: str = "30k", n_seeds: int = 12) -> list[dict]:
+def rows(budget: str = "30k", n_seeds: int = 30) -> list[dict]:
     from finpatch.features import build_dataset
     from finpatch.market import fetch_ohlcv
 
