@@ -189,7 +189,7 @@ def test_the_command_that_is_terminated_leaves_no_process_and_goes_on_without_th
 @pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_the_command_that_is_killed_leaves_no_process(raw6_dir, tmp_path):
-    "The cell ends within seconds; two agents of Ray look for their parent about once a minute."
+    "The cell ends within seconds; two processes of Ray look for their parent about once a minute."
     child, mark = start_command(raw6_dir, tmp_path)
     assert len(marked(mark)) > 3
     child.kill()
