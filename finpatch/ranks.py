@@ -51,5 +51,5 @@ class Alone:
     def begun(self) -> str | None:
         return None
 
-
+# %% ../nbs/29_ranks.ipynb #d4c3b2a1
 ALONE = Alone()

@@ -21,6 +21,7 @@ from .cluster import Writer, fly_all, joined
 from .config import check_range, load_config
 from .core import InputError, nearest, read_json, write_json
 from .experiment import ExperimentConfig
+from .join import check_executor
 from .ledger import count_looks
 from .lock import exclusive
 from .plan import Plan, Question, load_study_config, rate_cells, rate_loss
@@ -232,11 +233,14 @@ def run_search(
     runs_dir: Path | str = "runs",
     search_dir: Path | str | None = None,  # None: named after config and budget, under `runs_dir`
     device: str = "auto",
-    cluster: dict | None = None,  # address and n_workers of a Ray cluster, as of `work_on_cluster`; None: this process
+    executor: str = "local",  # "ray": a cluster's machines
+    address: str | None = None,  # Of a Ray cluster; None: one that is started here and ended again
+    n_workers: int | None = None,  # Of the cluster that is started here; None: one per processor
     is_progress_shown: bool = True,
     **options: object,  # Of `run_cell`
 ) -> Path:  # The search's folder
     "Search one budget, or go on with it."
+    check_executor(executor, address)
     name = "search" if isinstance(config, SearchConfig) else Path(config).stem
     config = config if isinstance(config, SearchConfig) else load_search_config(config)
     search_dir = Path(search_dir or Path(runs_dir) / f"{name}-{budget}")
@@ -247,7 +251,8 @@ def run_search(
         search = Search(config, budget, Source(data_dir, device), search_dir, bar)
         found = open_journal(search_dir / "journal.log")
         bar.update(len(complete(found)))
-        with runner(search.plan, search_dir, cluster, options) as run:
+        where = {"address": address, "n_workers": n_workers} if executor == "ray" else None
+        with runner(search.plan, search_dir, where, options) as run:
             is_whole = run_trials(search, found, checked(run), n)
         write_json(search_dir / "result.json", describe_search(search, found, "done" if is_whole else "stopped"))
     return search_dir

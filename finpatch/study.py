@@ -21,6 +21,7 @@ from .cell import Source, cell_key, limited_threads
 from .cluster import work_on_cluster
 from .config import dump_yaml
 from .core import InputError, atomic_path, read_json, write_json
+from .join import check_executor
 from .lock import exclusive
 from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_study_config, study_cells, tried_rates
 from .pool import Pool, count_study_looks, judge_pool, pool_question, read_predictions, results_table
@@ -161,6 +162,7 @@ def run_study(
     is_cooled: bool = True,  # Watch the temperature
 ) -> Path:  # The study's folder
     "Run a study, or go on with it, and judge it when nothing is open."
+    check_executor(executor, address)
     if not isinstance(config, StudyConfig):
         config, name = load_study_config(config), name or Path(config).stem
     study_dir = Path(study_dir or Path(runs_dir) / (name or "study"))

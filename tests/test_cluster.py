@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import study_worker
+from processes import marked
 from study_worker import QUIET, STUDY, SlowUntil
 
 from finpatch import cluster as cluster_module
@@ -129,26 +130,13 @@ def test_a_search_loses_a_machine_and_makes_the_trials_of_one_process(raw6_dir, 
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(kill)
         slow = {"checkpoint_every_s": 0.0, "callbacks": (SlowUntil(killed),)}
-        cluster = {"address": machines[0].address, "n_workers": None}
-        run_search(config, "2k", search_dir=flown, cluster=cluster, **how, **slow)
+        run_search(config, "2k", search_dir=flown, executor="ray", address=machines[0].address, **how, **slow)
         ended.result(timeout=60)
     run_search(config, "2k", search_dir=tmp_path / "alone", **how)
     results = [read_json(d / "result.json") for d in (flown, tmp_path / "alone")]
     assert results[0]["status"] == results[1]["status"] == "done" and results[0]["trials"] == results[1]["trials"]
     assert [r["kind"] for r in results[0]["trials"]] == ["grid"] * 3 + ["sampled"] * 2
     assert [r.getMessage() for r in caplog.records if "lost its worker and goes on elsewhere" in r.getMessage()]
-
-
-def marked(mark):
-    "List the processes that descend from one with a mark in its environment."
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes() and (path.parent / "stat").read_text().split(") ")[1][0] not in "ZX":
-                found.append((path.parent / "cmdline").read_text().replace("\0", " ")[:90])
-        except OSError:
-            continue
-    return found
 
 
 def start_command(raw6_dir, tmp_path):

@@ -27,6 +27,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import marked
 from safetensors.torch import load_file, save_file
 
 from finpatch.callbacks import Schedule
@@ -424,18 +425,6 @@ def test_a_run_of_two_ranks_is_a_run_like_any_other(runs, data_dir):
     assert {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"} <= names and "checkpoints" not in names
     rows = [json.loads(line) for line in (runs / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]  # one writer
-
-
-def marked(mark):
-    "List the processes that descend from one with a mark in its environment."
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes() and (path.parent / "stat").read_text().split(") ")[1][0] not in "ZX":
-                found.append(path.parent)
-        except OSError:
-            continue
-    return found
 
 
 def kill_rank(mark, rank):
