@@ -108,7 +108,8 @@ def against_plain(budget: str, n_turns: int, n_windows: int) -> list[dict]:
             calls[f"torch {PRECISIONS[peer]}"] = plain_step(model, forever(loader), peer == "bf16")
         seconds = take_turns(calls, n_turns)
         best = min((n for n in seconds if n != "finpatch"), key=lambda n: sorted(seconds[n])[n_turns // 2])
-        work = f"{budget} preset, batch {n_windows}, {name}, against nn.TransformerEncoder and DataLoader, the faster of its precisions"
+        peers = "the faster of its precisions" if precision == "bf16" else "in float32 too"
+        work = f"{budget} preset, batch {n_windows}, {name}, against nn.TransformerEncoder and DataLoader, {peers}"
         others = {n: median_ratio(seconds[n], seconds["finpatch"]) for n in seconds if n != "finpatch"}
         ratios = ", ".join(f"{n} {r:.2f} ×" for n, r in others.items())
         told.append(row(work, f"≥ {target} ×", f"{others[best]:.2f} ×", f"{tell_ms(seconds)}; {ratios}"))

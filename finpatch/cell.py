@@ -53,11 +53,11 @@ class Cell:
 
 # %% ../nbs/42b_cell.ipynb #a51402bb
 CODE = (
-    "kinds", "targets", "episodes", "folds", "universe", "panel", "windows", "samples", "scaler", "dataset",  # data
+    "kinds", "adjust", "indicators", "targets", "episodes", "folds", "universe", "panel", "windows", "samples", "scaler", "dataset",  # data
     "model_config", "fast", "cost", "budget", "patchtst", "compute",  # model
     "ranks", "trainer", "callbacks", "checkpoint", "job", "pretrained", "run", "cell",  # training
 )  # fmt: skip
-BASELINE_CODE = (*CODE[:10], "tuned", "baselines", "evaluate", "metrics")
+BASELINE_CODE = (*CODE[: CODE.index("dataset") + 1], "tuned", "dlinear", "baselines", "evaluate", "metrics")
 
 
 @lru_cache

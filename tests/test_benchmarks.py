@@ -1,6 +1,7 @@
 """Every benchmark runs, at tiny sizes. Risk: a row that nobody can make again, found out on the day it is needed. No speed is asserted."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,6 +22,7 @@ TINY = {
     "batch": {"budget": "5k", "mem_cap": 1.0},
     "cluster": {"budget": "2k", "n_seeds": 4},
 }
+PEERS_MISSING = [name for name in ("accelerate", "neuralforecast") if find_spec(name) is None]  # of the extra `bench`
 LONG = ("run", "study", "batch", "panel", "start", "cluster")  # those that start processes
 
 
@@ -34,7 +36,7 @@ def test_every_row_is_made_at_tiny_sizes(name):
     assert rows
     for row in rows:
         assert row.keys() == {"work", "target", "measured", "detail"} and all(row.values())
-        assert row["measured"] == "not measured" or re.search(r"\d", row["measured"]), row
+        assert re.search(r"\d", row["measured"]) or (row["measured"] == "not measured" and PEERS_MISSING), row
     assert rows[0]["work"] in render(rows, {"device": "cpu"})
 
 

@@ -219,7 +219,9 @@ def test_a_compiled_model_trains_and_the_trial_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and list(model.state_dict()) == keys
     plain = make_model(dropout=0.3, fused=False)  # a compiled model draws as torch does, not in bulk
     a, b = fit(model), fit(plain)
-    assert torch.allclose(a[0], b[0], rtol=1e-4) and a[2] == pytest.approx(b[2], rel=1e-4)  # keys' biases have no gradient but noise
+    assert torch.allclose(a[0], b[0], rtol=1e-4) and a[2] == pytest.approx(b[2], rel=1e-4)
+    is_noise = torch.cat([torch.full((p.numel(),), name.endswith("qkv.bias")) for name, p in plain.named_parameters()])
+    assert torch.allclose(a[1][~is_noise], b[1][~is_noise], rtol=1e-3, atol=1e-5)  # keys' biases have no gradient but noise
 
 
 # ---- no waiting
