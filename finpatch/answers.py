@@ -184,7 +184,7 @@ def train_shared(args: argparse.Namespace, config: object, clock: dict) -> Answe
         if again and is_done(again):
             run_dir = again
         elif again or config is None:
-            run_dir = again or args.run_dir or newest_unfinished(args.runs_dir)
+            run_dir = ranks.same(None if ranks.rank else again or args.run_dir or newest_unfinished(args.runs_dir))
             run_dir = resume_run(run_dir, args.data_dir, ranks=ranks, **clock)
         else:
             options = {k: getattr(args, k) for k in ("data_dir", "runs_dir", "run_dir", "micro_batch_size")}

@@ -160,6 +160,8 @@ class Checkpoint(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         self.saved_at = self.clock()
+        if trainer.ranks.same((self.folder / f"step-{trainer.step:08d}.json").exists()):
+            self.saved_step = trainer.step  # it has been loaded: a pause before the next step writes nothing over it
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.is_paused or self.clock() - self.saved_at >= self.every_s:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'MAX_LOSSES', 'Flight', 'Writer', 'launch', 'store', 'collect', 'lost', 'answer', 'land', 'note_end', 'fill',
-           'call_back', 'turn', 'fly_all', 'joined', 'work_on_cluster']
+           'call_back', 'turn', 'fly_all', 'flying', 'work_on_cluster']
 
 # %% ../nbs/43g_cluster.ipynb #5f626bce
 import json
@@ -196,7 +196,7 @@ def fly_all(writer: Writer, study_dir: Path, on_poll: Callable[[], None]) -> dic
 
 # %% ../nbs/43g_cluster.ipynb #f2b1f71e
 @contextmanager
-def joined(plan: Plan, work_dir: Path, address: str | None, n_workers: int | None, **options: object) -> Iterator[Writer]:
+def flying(plan: Plan, work_dir: Path, address: str | None, n_workers: int | None, **options: object) -> Iterator[Writer]:
     "Join a cluster or start one, with a writer of cells under a folder; arguments as of `work_on_cluster`."
     ray, n = import_ray(), count_workers(plan.source.device) if n_workers is None else max(1, n_workers)
     with connected(address, n), stop_on_signal(work_dir):
@@ -217,5 +217,5 @@ def work_on_cluster(
     **options: object,  # Of `run_cell`
 ) -> dict:  # {"is_stopped", "failed": {key: reason}}, as of `work`
     "Run the open cells of a study on a Ray cluster."
-    with joined(plan, Path(study_dir), address, n_workers, **options) as writer:
+    with flying(plan, Path(study_dir), address, n_workers, **options) as writer:
         return fly_all(writer, Path(study_dir), on_poll)

@@ -121,7 +121,7 @@ class Group(Talk):
         return self.same(self.store.get("finpatch.run").decode() if is_known else None)
 
 # %% ../nbs/35_distributed.ipynb #3c8d6a8e
-def open_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+def open_attempt(store: dist.Store, rank: int, size: int, timeout_s: float = 600.0) -> dist.Store:
     "Return a part of the store that no earlier attempt of this launch has written to."
     mine = uuid.uuid4().hex
     if rank:
@@ -129,8 +129,11 @@ def open_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
         attempt = store.get(f"welcome/{mine}").decode()  # waits for it
         store.set(f"{attempt}/{rank}", "")
         return dist.PrefixStore(attempt, store)
-    missing = set(range(1, size))
+    missing, began = set(range(1, size)), time.monotonic()
     while missing:
+        if time.monotonic() - began > timeout_s:
+            found = f"nothing from rank {', '.join(map(str, sorted(missing)))} in {timeout_s:g} s"
+            raise HardwareError("all ranks of a launch must come", found, "Read what their machines printed, and start all again.")
         for other in missing:
             if store.check([f"hello/{other}"]):
                 store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)

@@ -91,6 +91,9 @@ def measure_pace(plan: Plan, cell: Cell, n_steps: int = N_STEPS) -> Pace:
     if result["status"] != "done":
         raise InputError("an estimate needs cells that can be trained", result["reason"], "Leave this size out.")
     gaps = sorted(b - a for a, b in zip(steps.at[1:], steps.at[2:], strict=False))
+    if not gaps:
+        fix = "Lower `optim.global_batch_size`, or leave this size out."
+        raise InputError("an estimate needs cells of three steps or more", f"{len(steps.at)}", fix)
     step_s = gaps[len(gaps) // 2]
     besides = (windows.val + windows.every) / 3 / optim.global_batch_size
     return Pace(step_s, max(0.0, took - (len(steps.at) + besides) * step_s))

@@ -88,13 +88,13 @@ def stop_on_signal(study_dir: Path) -> Iterator[None]:
 
 # %% ../nbs/43f_join.ipynb #96fde76c
 def gpu_memory_gib() -> float:
-    "Read the memory of this process's GPU."
+    "Read the memory of the smallest GPU that this process sees."
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
 
 
-def choose_kind(device: str, ray: object) -> tuple[str, float | None]:  # The device's name; memory of the smallest GPU, GiB
+def choose_kind(device: str, ray: object, timeout_s: float = 300.0) -> tuple[str, float | None]:  # The device's name; memory of the smallest GPU, GiB
     "Choose the device of all cells, and read the memory of the GPUs."
     n_gpus = int(ray.cluster_resources().get("GPU", 0))
     if device == "auto":
@@ -103,5 +103,11 @@ def choose_kind(device: str, ray: object) -> tuple[str, float | None]:  # The de
         return device, None
     if not n_gpus:
         raise InputError("`--device cuda` needs a cluster with GPUs", "none", "Use `--device cpu`, or add a machine.")
-    read = ray.remote(gpu_memory_gib).options(num_cpus=0, num_gpus=1)
-    return "cuda", min(ray.get([read.remote() for _ in range(n_gpus)]))
+    nodes = {n["NodeID"]: n["Resources"]["GPU"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")}
+    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    ask = lambda node, n: ray.remote(gpu_memory_gib).options(num_cpus=0, num_gpus=n, scheduling_strategy=on(node, soft=False)).remote()
+    try:
+        return "cuda", min(ray.get([ask(node, n) for node, n in nodes.items()], timeout=timeout_s))
+    except ray.exceptions.GetTimeoutError:
+        rule, fix = "the GPUs of a cluster must be free to be asked for their memory", "Wait for what uses them, or use `--device cpu`."
+        raise InputError(rule, f"no answer in {timeout_s:g} s", fix) from None

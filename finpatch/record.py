@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'PACKAGES', 'SAME', 'ENDING', 'new_run_dir', 'open_run_dir', 'read_version', 'read_commit', 'make_record',
-           'recorded', 'opened', 'comparable', 'check_same', 'is_same_machine', 'weights_sha256', 'stored_scaler',
-           'digest_files', 'check_files']
+           'recorded', 'opened', 'comparable', 'check_same', 'check_alike', 'is_same_machine', 'weights_sha256',
+           'stored_scaler', 'digest_files', 'check_files']
 
 # %% ../nbs/41a_record.ipynb #f6f901c1
 import hashlib
@@ -175,6 +175,18 @@ def check_same(old: dict, new: dict) -> None:
                 inner = next(k for k in a | b if a.get(k) != b.get(k))
                 key, a, b = f"{key}.{inner}", a.get(inner), b.get(inner)
             raise InputError(rule, f"`{key}` {str(b)[:80]} instead of {str(a)[:80]}", remedy)
+
+
+def check_alike(ranks: Alone, record: dict) -> None:
+    "Raise `InputError`, on all ranks, unless all were given the same run and would compute it in the same way."
+    if ranks.size == 1:
+        return
+    parts = comparable(record)
+    told = ranks.every({key: json_digest(parts.get(key)) for key in (*SAME, "versions", "effective")})
+    for rank, digests in enumerate(told):
+        if differing := [key for key, digest in digests.items() if digest != told[0][key]]:
+            fix = "Give each machine the same config, data, finpatch, packages and kind of device."
+            raise InputError("all ranks must be given the same run", f"another `{differing[0]}` on rank {rank} than on rank 0", fix)
 
 
 def is_same_machine(old: dict, new: dict) -> bool:

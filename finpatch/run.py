@@ -35,7 +35,7 @@ from .patchtst import PatchTST, PatchTSTConfig
 from .pretrain import MaskedTrainer, PretrainConfig, describe_masked, finish_masked, load_masked, make_masked_model
 from .pretrained import begin_with, find_pretrained
 from .ranks import ALONE, Alone
-from .record import check_files, check_same, is_same_machine, make_record, new_run_dir, open_run_dir, opened, stored_scaler, weights_sha256
+from .record import check_alike, check_files, check_same, is_same_machine, make_record, new_run_dir, open_run_dir, opened, stored_scaler, weights_sha256
 from .shards import SharedCheckpoint, read_shards, seed_rank
 from .status import is_done, newest_unfinished, read_record
 from .targets import Task
@@ -110,6 +110,7 @@ def assemble(
     effective = set_up(ranks.shard(model), compute, x, device, certificate["dtypes"]["bfloat16"]["is_ok"])
     effective |= {"is_fused": certificate["is_fused"], "parallel": ranks.parallel, "n_ranks": ranks.size}
     record |= {"certificate": certificate, "effective": effective}
+    check_alike(ranks, record)
     return Job(config, budget, Path(data_dir), dataset, device, model, record, ranks)
 
 # %% ../nbs/42_run.ipynb #9e822e12

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .cell import Cell, Source, cell_key, limited_threads, run_cell
-from .cluster import Writer, fly_all, joined
+from .cluster import Writer, fly_all, flying
 from .config import check_range, load_config
 from .core import InputError, nearest, read_json, write_json
 from .experiment import ExperimentConfig
@@ -27,7 +27,7 @@ from .lock import exclusive
 from .plan import Plan, Question, load_study_config, rate_cells, rate_loss
 from .predictions import span_digest
 from .rates import best_rate, is_at_edge, next_rates
-from .sampler import RangeConfig, add_known, complete, open_journal, propose, searchable
+from .sampler import RangeConfig, add_known, done_trials, open_journal, propose, searchable
 from .work import is_over
 
 # %% ../nbs/43_search.ipynb #97f27ac7
@@ -117,7 +117,7 @@ def runner(plan: Plan, search_dir: Path, cluster: dict | None, options: dict) ->
     if cluster is None:
         yield lambda cells: run_in_turn(cells, plan.source, search_dir, options)
         return
-    with joined(plan, search_dir, **cluster, **options) as writer:
+    with flying(plan, search_dir, **cluster, **options) as writer:
         yield lambda cells: run_out(cells, writer)
 
 # %% ../nbs/43_search.ipynb #8721e0eb
@@ -177,7 +177,7 @@ def try_all(search: Search, run: Runner, trials: list[dict[str, float]]) -> list
 def try_rates(search: Search, found, run: Runner) -> float | None:  # The chosen rate; None: paused
     "Follow the learning-rate rule, and enter its trials."
     study, base = search.plan.config, search.cells({})[0].config
-    losses = {t.user_attrs["values"]["optim.lr"]: t.value for t in complete(found) if t.user_attrs.get("kind") == "grid"}
+    losses = {t.user_attrs["values"]["optim.lr"]: t.value for t in done_trials(found) if t.user_attrs.get("kind") == "grid"}
     start = {k: getattr(getattr(base, k.split(".")[0]), k.split(".")[1]) for k in (r.key for r in search.config.space)}
     while todo := list(next_rates(losses, study.optim.lr, study.rates)):
         tried = try_all(search, run, [{"optim.lr": rate} for rate in todo])
@@ -193,8 +193,8 @@ def try_rates(search: Search, found, run: Runner) -> float | None:  # The chosen
 def try_space(search: Search, found, run: Runner, rate: float, n_trials: int) -> bool:  # False: paused
     "Sample the space at the chosen rate."
     space, config = search.config.space, search.config
-    while space and len(complete(found)) < n_trials:
-        proposed = propose(found, space, config.seed, config.round_size)[: n_trials - len(complete(found))]
+    while space and len(done_trials(found)) < n_trials:
+        proposed = propose(found, space, config.seed, config.round_size)[: n_trials - len(done_trials(found))]
         todo = [{"optim.lr": rate} | values for values in proposed]
         tried = try_all(search, run, todo)
         for values, (loss, story) in zip(todo, tried, strict=False):
@@ -214,7 +214,7 @@ def run_trials(search: Search, found, run: Runner, n_trials: int) -> bool:  # Fa
 
 def describe_search(search: Search, found, status: str) -> dict:
     "Return the result of a search."
-    rows = [{"trial": i, "val_loss": t.value, **t.user_attrs} for i, t in enumerate(complete(found))]
+    rows = [{"trial": i, "val_loss": t.value, **t.user_attrs} for i, t in enumerate(done_trials(found))]
     grid = {r["values"]["optim.lr"]: r["val_loss"] for r in rows if r["kind"] == "grid"}
     best = min(rows, key=lambda r: r["val_loss"], default=None)
     span = span_digest(search.source.dataset(search.cells({})[0]).samples, "val")
@@ -250,7 +250,7 @@ def run_search(
         (search_dir / "STOP").unlink(missing_ok=True)
         search = Search(config, budget, Source(data_dir, device), search_dir, bar)
         found = open_journal(search_dir / "journal.log")
-        bar.update(len(complete(found)))
+        bar.update(len(done_trials(found)))
         where = {"address": address, "n_workers": n_workers} if executor == "ray" else None
         with runner(search.plan, search_dir, where, options) as run:
             is_whole = run_trials(search, found, checked(run), n)

@@ -36,15 +36,16 @@ class Slow(Callback):
         time.sleep(0.1)
 
 
-class SlowUntil(Callback):
-    "Make steps last long enough to be killed in, until a file is there."
+class HoldUntil(Callback):
+    "Hold a cell after its third step, when it has sent checkpoints, until a file is there."
 
     def __init__(self, path):
         self.path = path
 
     def after_step(self, trainer):
-        if not self.path.exists():
-            time.sleep(0.2)
+        deadline = time.monotonic() + 60
+        while trainer.step >= 3 and not self.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def study_in_child(study_dir, data):

@@ -7,6 +7,7 @@ study's. What travels and how a cell asks for memory is shown in the notebooks `
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pandas as pd
 import pytest
 import study_worker
 from processes import marked
-from study_worker import QUIET, STUDY, SlowUntil
+from study_worker import QUIET, STUDY, HoldUntil
 
 from finpatch import cluster as cluster_module
 from finpatch import flight
@@ -63,31 +64,39 @@ def table(study_dir):
     return pd.read_parquet(study_dir / "results.parquet").drop(columns=[*CLOCK])
 
 
+def training(folder):
+    "The folders of the cells that have sent a checkpoint and no result."
+    sent = {p.parent.parent for p in folder.glob("cells/*/checkpoints/step-*.json")}
+    return {d for d in sent if not (d / "result.json").exists()}
+
+
+def losses(caplog):
+    return [r for r in caplog.records if "lost its worker and goes on elsewhere" in r.getMessage()]
+
+
 def test_a_study_loses_a_machine_and_ends_with_the_table_of_one_process(raw6_dir, whole, machines, tmp_path, caplog):
     cluster, nodes = machines
     study_dir, plan, before = tmp_path / "study", Plan(ALONE, Source(raw6_dir, "cpu")), len(read_looks(raw6_dir / "ledger.jsonl"))
-    killed, done = tmp_path / "killed", {}
+    noticed, first = tmp_path / "noticed", next(whole.glob("cells/*/result.json"))
+    shutil.copytree(first.parent, study_dir / "cells" / first.parent.name)  # one is finished before the loss
 
     def kill():
-        "End a machine while both train and have sent a checkpoint, after the first results."
-        flying = {p.parent.parent for p in study_dir.glob("cells/*/checkpoints/step-*.json")}
-        done.update({p.parent.name: p.read_bytes() for p in study_dir.glob("cells/*/result.json")} if not killed.exists() else {})
-        if len(flying) == 2 and done and not killed.exists():
+        "End a machine while both train and have sent a checkpoint; hold them until it is noticed."
+        if len(nodes) == 2 and len(training(study_dir)) == 2:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
-            killed.touch()
+        if losses(caplog):
+            noticed.touch()
 
-    how = {"is_cooled": False, "checkpoint_every_s": 0.0, "callbacks": (SlowUntil(killed),)}
+    how = {"is_cooled": False, "checkpoint_every_s": 0.0, "callbacks": (HoldUntil(noticed),)}
     ended = work_on_cluster(plan, study_dir, cluster.address, on_poll=kill, **how)
-    assert ended == {"is_stopped": False, "failed": {}} and killed.exists()
+    assert ended == {"is_stopped": False, "failed": {}} and losses(caplog)
     assert settle(plan, study_dir, ended)["status"] == "done"
     pd.testing.assert_frame_equal(table(study_dir), table(whole))
     for name in ("losses.parquet", "predictions.parquet"):
         assert pd.read_parquet(study_dir / name).equals(pd.read_parquet(whole / name))
-    assert [r.getMessage() for r in caplog.records if "lost its worker and goes on elsewhere" in r.getMessage()]
     results = [read_json(p) for p in study_dir.glob("cells/*/result.json")]
     assert any(r.get("resumed_from_step") for r in results), "the lost cell began anew"
-    for key, text in done.items():  # what was finished before the loss was not made again
-        assert (study_dir / "cells" / key / "result.json").read_bytes() == text
+    assert (study_dir / "cells" / first.parent.name / "result.json").read_bytes() == first.read_bytes(), "it was made again"
     assert len(read_looks(raw6_dir / "ledger.jsonl")) == before, "a trial of `whole` was counted again"
     assert not [*study_dir.glob("cells/*/checkpoints/*.safetensors")]
 
@@ -117,26 +126,33 @@ def test_a_search_loses_a_machine_and_makes_the_trials_of_one_process(raw6_dir, 
     (tmp_path / "study.yaml").write_text(dump_yaml(ALONE))
     decay = RangeConfig(key="optim.weight_decay", low=1e-3, high=0.5, is_log=True)
     config = SearchConfig(study=str(tmp_path / "study.yaml"), space=(decay,), n_trials=5, round_size=2)
-    flown, killed, node = tmp_path / "flown", tmp_path / "killed", machines[0].add_node(num_cpus=1)
+    (cluster, nodes), flown, noticed = machines, tmp_path / "flown", tmp_path / "noticed"
+    while len(nodes) < 2:
+        nodes.append(cluster.add_node(num_cpus=1))
+
+    def wait(is_so):
+        deadline = time.monotonic() + 60
+        while not is_so() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def kill():
-        "End a machine while two cells train and have sent a checkpoint."
-        while len({p.parent.parent for p in flown.glob("cells/*/checkpoints/step-*.json")}) < 2:
-            time.sleep(0.02)
-        machines[0].remove_node(node, allow_graceful=False)
-        killed.touch()
+        "End a machine while both train and have sent a checkpoint; hold them until it is noticed."
+        wait(lambda: len(training(flown)) == 2)
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        wait(lambda: losses(caplog))
+        noticed.touch()
 
     how = {"data_dir": raw6_dir, "device": "cpu", "is_cooled": False, "is_progress_shown": False}
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(kill)
-        slow = {"checkpoint_every_s": 0.0, "callbacks": (SlowUntil(killed),)}
-        run_search(config, "2k", search_dir=flown, executor="ray", address=machines[0].address, **how, **slow)
-        ended.result(timeout=60)
+        held = {"checkpoint_every_s": 0.0, "callbacks": (HoldUntil(noticed),)}
+        run_search(config, "2k", search_dir=flown, executor="ray", address=cluster.address, **how, **held)
+        ended.result(timeout=150)
     run_search(config, "2k", search_dir=tmp_path / "alone", **how)
     results = [read_json(d / "result.json") for d in (flown, tmp_path / "alone")]
     assert results[0]["status"] == results[1]["status"] == "done" and results[0]["trials"] == results[1]["trials"]
     assert [r["kind"] for r in results[0]["trials"]] == ["grid"] * 3 + ["sampled"] * 2
-    assert [r.getMessage() for r in caplog.records if "lost its worker and goes on elsewhere" in r.getMessage()]
+    assert losses(caplog)
 
 
 def start_command(raw6_dir, tmp_path):
