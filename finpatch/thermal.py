@@ -84,16 +84,19 @@ class Brake:
     def __init__(self, config: ThermalConfig, sleep: Callable[[float], None], clock: Callable[[], float]):
         self.config, self.sleep, self.clock = config, sleep, clock
         self.state, self.action, self.mark = ThermalState(), "run", clock()
-        self.worst, self.lost_s = None, 0.0
+        self.worst, self.lost_s, self.last = None, 0.0, None
 
     def hold(self, latest: Callable[[], Reading], trainer: Trainer) -> None:
         "Return once the run may compute again, or has been asked to stop."
         if self.action != "run":
             wait_for_device()
         began = now = self.clock()
-        worked = began - self.mark
+        worked, reading = began - self.mark, latest()
+        if reading is self.last and self.action == "run":  # time alone changes nothing then
+            self.worst, self.mark = self.worst or ("run", reading), now
+            return
         while True:
-            reading = latest()
+            self.last = reading
             self.state, self.action = decide(self.state, reading, now, self.config)
             if self.worst is None or SEVERITY.index(self.action) > SEVERITY.index(self.worst[0]):
                 self.worst = (self.action, reading)
@@ -105,7 +108,7 @@ class Brake:
                 break
             self.sleep(min(left, 1.0))
             trainer.emit("while_waiting")
-            now = self.clock()
+            now, reading = self.clock(), latest()
         self.mark, self.lost_s = now, self.lost_s + now - began
 
     def take(self) -> tuple[str, Reading, float]:
@@ -119,22 +122,21 @@ class Witness:
     "The last reading; the first unknown one is said once."
 
     def __init__(self, config: ThermalConfig, read: Callable[[], Reading]):
-        self.config, self.read, self.is_warned, self.reading = config, read, False, Reading()
+        self.config, self.read, self.is_warned, self.reading, self.text = config, read, False, None, ""
 
     def __call__(self) -> Reading:
-        self.reading = self.read()
-        if self.level == "unknown" and not self.is_warned:
-            self.is_warned = True
-            log.warning("no temperature can be read; the run is not protected from heat: %s", self.reading.detail)
-        return self.reading
-
-    @property
-    def level(self) -> str:  # One of LEVELS
-        return grade(self.reading, self.config)
+        reading = self.read()
+        if reading is not self.reading:
+            self.reading, level = reading, grade(reading, self.config)  # one of LEVELS
+            degrees = "" if reading.temp_c is None else f" {reading.temp_c:.0f} °C"
+            self.text = f"{level}{degrees}" if level != "unknown" else "heat unknown"
+            if level == "unknown" and not self.is_warned:
+                self.is_warned = True
+                log.warning("no temperature can be read; the run is not protected from heat: %s", reading.detail)
+        return reading
 
     def __str__(self) -> str:  # For a line of progress
-        degrees = "" if self.reading.temp_c is None else f" {self.reading.temp_c:.0f} °C"
-        return f"{self.level}{degrees}" if self.level != "unknown" else "heat unknown"
+        return self.text
 
 # %% ../nbs/32_thermal.ipynb #11e8f773
 def choose_later(config: ThermalConfig) -> Sensor:
