@@ -93,8 +93,9 @@ class FinancialDataset:
 
     def batch(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, F), (B,)
         "Gather windows and labels of samples, given by their place in the table, which holds whole windows only."
-        row, y = (values.index_select(0, samples.to(values.device)) for values in (self.row, self.y))  # half the time of values[samples]
-        return gather(self.x, row.long() - (self.context_length - 1), self.context_length), y
+        samples = samples.to(self.row.device)
+        row, y = self.row.index_select(0, samples), self.y.index_select(0, samples)  # half the time of values[samples]
+        return gather(self.x, row - (self.context_length - 1), self.context_length), y
 
 # %% ../nbs/15_dataset.ipynb #39177e72
 def window_starts(

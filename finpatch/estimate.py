@@ -24,7 +24,7 @@ from .cost import closed_form, flops_per_sample, train_bytes
 from .model_config import PatchTSTConfig
 from .plan import Plan, Question, baseline_cells, count_cells, known_cells
 from .trainer import Callback, Trainer
-from .work import PRELOADED
+from .standby import PRELOADED
 
 # %% ../nbs/43c_estimate.ipynb #e5a00001
 class Windows(NamedTuple):

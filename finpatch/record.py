@@ -188,7 +188,7 @@ def check_alike(ranks: Alone, record: dict) -> None:
             fix = "Give each machine the same config, data, finpatch, packages and kind of device."
             raise InputError("all ranks must be given the same run", f"another `{differing[0]}` on rank {rank} than on rank 0", fix)
 
-
+# %% ../nbs/41a_record.ipynb #72d7879c
 def is_same_machine(old: dict, new: dict) -> bool:
     "Compare machine, versions and effective settings; name what differs in a warning."
     parts, default = ("machine", "versions", "effective"), {"parallel": None, "n_ranks": 1}  # of a record from before ranks

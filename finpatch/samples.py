@@ -92,12 +92,14 @@ class Samples:
     unit: np.dtype  # Of the sessions
     horizon: int
     row: np.ndarray  # (n,) int32, the origins, numbered over all symbols
-    split: np.ndarray  # (n,) int8, their place in SPLITS
+    counts: np.ndarray  # (symbols, splits) int64, samples of each
     y: np.ndarray  # (n,) float32 if that holds all labels exactly, else float64
 
-    def of(self, split: str) -> np.ndarray:  # int64
+    def of(self, split: str) -> np.ndarray:  # int32
         "Number the samples of a split."
-        return np.flatnonzero(self.split == SPLITS.index(split))
+        k, ends = SPLITS.index(split), self.counts.cumsum().reshape(self.counts.shape)
+        spans = zip(ends[:, k] - self.counts[:, k], ends[:, k], strict=True)
+        return np.concatenate([np.arange(a, b, dtype=np.int32) for a, b in spans])
 
     def rows_of(self, split: str) -> np.ndarray:  # int32
         "Return the origins of a split, numbered over all symbols."
@@ -106,7 +108,8 @@ class Samples:
     def table(self) -> pd.DataFrame:  # split, symbol, origin, target_end, y, row
         "List the samples in words."
         row = self.row.astype(np.int64)
-        text = {"split": (self.split, SPLITS), "symbol": (np.searchsorted(self.first, row, side="right") - 1, self.symbols)}
+        split = np.repeat(np.tile(np.arange(len(SPLITS), dtype=np.int8), len(self.counts)), self.counts.ravel())
+        text = {"split": (split, SPLITS), "symbol": (np.searchsorted(self.first, row, side="right") - 1, self.symbols)}
         columns = {name: pd.Series(pd.Categorical.from_codes(codes, list(names))).astype(str) for name, (codes, names) in text.items()}
         begin, end = (self.days[at].astype("datetime64[D]").astype(self.unit) if self.days.dtype == np.int32 else self.days[at]
                       for at in (row, row + self.horizon))
@@ -122,11 +125,11 @@ def place_samples(rows: list[SymbolRows], splits: SplitsConfig, horizon: int) ->
         at = np.concatenate(found)
         y = r.y[at]
         narrow = y.astype(np.float32)
-        split = np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(t) for t in found])
-        parts.append((as_days(r.sessions.to_numpy()), (at + start).astype(np.int32), split, narrow if (narrow == y).all() else y))
-    days, row, split, y = (values[0] if len(rows) == 1 else np.concatenate(values) for values in zip(*parts, strict=True))
+        counts = np.array([len(t) for t in found]).reshape(1, -1)
+        parts.append((as_days(r.sessions.to_numpy()), (at + start).astype(np.int32), counts, narrow if (narrow == y).all() else y))
+    days, row, counts, y = (values[0] if len(rows) == 1 else np.concatenate(values) for values in zip(*parts, strict=True))
     unit = np.concatenate([r.sessions.to_numpy()[:0] for r in rows]).dtype
-    return Samples(tuple(r.symbol for r in rows), first, days, unit, horizon, row, split, y)
+    return Samples(tuple(r.symbol for r in rows), first, days, unit, horizon, row, counts, y)
 
 
 def pool_samples(rows: list[SymbolRows], splits: SplitsConfig, horizon: int) -> pd.DataFrame:  # split, symbol, origin, target_end, y, row

@@ -79,6 +79,6 @@ class Scaler:
         for at in range(0, len(x), BLOCK):
             part = x[at : at + BLOCK] - self.mean  # float64
             part /= self.std
-            n_clipped += np.count_nonzero(np.abs(part) > self.clip)
+            n_clipped += np.count_nonzero(part > self.clip) + np.count_nonzero(part < -self.clip)
             out[at : at + BLOCK] = np.clip(part, -self.clip, self.clip, out=part)
         return n_clipped

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 from .answers import Answer
+from .standby import stand_by
 
 log = logging.getLogger("finpatch")
 
@@ -32,6 +33,8 @@ def asked_study(args: argparse.Namespace):  # A `StudyConfig`
 # %% ../nbs/49a_study_answers.ipynb #dd27ff2c
 def study(args: argparse.Namespace) -> Answer:
     "Run a study of budgets, seeds and folds, or go on with it, and give its verdicts."
+    if not args.dry_run and args.executor == "local" and args.workers != 0:
+        stand_by()  # it imports while this process does
     from finpatch.cell import Source, limited_threads
     from finpatch.estimate import estimate, estimate_text, measure_baselines, measure_pace
     from finpatch.machines import elsewhere, elsewhere_text
