@@ -15,6 +15,7 @@ from . import (
     cluster,
     discovery,
     features_and_windows,
+    gpu,
     large_model,
     panel,
     paper_shapes,
@@ -45,6 +46,8 @@ def main(names: list[str]) -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
         rows += (found := PARTS[name].rows())
         print(*(f"  {r['work']}: {r['measured']} ({r['target']}); {r['detail']}" for r in found), sep="\n", file=sys.stderr, flush=True)
+    if not names:
+        rows += gpu.rows() if torch.cuda.is_available() else gpu.unmeasured()
     table = render(rows, describe_machine(torch.device("cpu")) | {"torch": torch.__version__.split("+")[0]})
     print(table)
     if not names:

@@ -5,7 +5,8 @@ recommends (fused attention for Hugging Face; residual attention for neuralforec
 the paper's dropout, 0.2, in every place that has a rate, and with the dropout that the peer has by itself, so that no row rests
 on how dropout is drawn. That is none for Hugging Face, and 0.2 outside of attention for neuralforecast, where this project's
 model drops attention weights as well, having one rate for all. This project's model is the peer's own variant: where norms lie, padding, fixed or
-learned positions. Both then take the same batches with the same optimiser. Whether the faster one also learns the same is
+learned positions. Beside Hugging Face it begins with the peer's own weights; neuralforecast's lie in another order, so there each
+begins with its own. Both then take the same batches with the same optimiser. Whether the faster one also learns the same is
 asked by 200 steps on a series of waves and noise, and the loss of both on windows that neither has seen.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finpatch.hf import config_from_hf
+from finpatch.hf import config_from_hf, translate
 from finpatch.patchtst import PatchTST, PatchTSTConfig
 
 from .turns import median_ratio, not_measured, row, take_turns, tell_ms
@@ -37,6 +38,7 @@ def hugging_face(d_model: int, n_heads: int, d_ff: int, rate: float | None) -> t
     names = ("attention_dropout", "positional_dropout", "path_dropout", "ff_dropout")
     rates = {} if rate is None else dict.fromkeys(names, rate)
     shape = {"num_input_channels": C, "context_length": T, "patch_length": 16, "patch_stride": 8, "prediction_length": H}
+    shape |= {"pooling_type": None}  # all patches go into the head, as in the paper; the peer's default is their mean
     size = {"d_model": d_model, "num_attention_heads": n_heads, "num_hidden_layers": 3, "ffn_dim": d_ff}
     config = transformers.PatchTSTConfig(**shape, **size, **rates)
     model = transformers.PatchTSTForPrediction(config)
@@ -62,6 +64,12 @@ def neural_forecast(d_model: int, n_heads: int, d_ff: int, rate: float | None) -
         return F.mse_loss(model({"insample_y": flat[0]}), flat[1])
 
     return model, loss, PatchTSTConfig(d_model=d_model, n_heads=n_heads, d_ff=d_ff, dropout=model.hparams.dropout, **ours)
+
+
+def begin_alike(ours: PatchTST, theirs: nn.Module) -> None:
+    "Give this project's model the weights of Hugging Face's."
+    head = {f"head.{name}": value for name, value in theirs.head.projection.state_dict().items()}
+    ours.load_state_dict(translate(theirs.model.encoder.state_dict()) | head)
 
 
 PEERS = {"Hugging Face": hugging_face, "neuralforecast": neural_forecast}
@@ -112,6 +120,8 @@ def ways_of(peer: str, size: str, rate: float | None, n_windows: int) -> dict[st
     for precision in ("float32", "bfloat16"):
         theirs, loss, config = PEERS[peer](**SIZES[size], rate=rate)
         ours = PatchTST(config)
+        if peer == "Hugging Face":
+            begin_alike(ours, theirs)
         own = lambda x, y, ours=ours: F.mse_loss(ours(x), y)
         for name, model, call in (("peer", theirs, loss), ("finpatch", ours, own)):
             seen = waves(n_windows)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on this CPU: `python -m benchmarks.step_profile 2m bf16`.
+"""Where the time of a training step goes on this CPU: `python -m benchmarks.step_profile 2m bf16`, or `"D 128" fp32` for the paper's shapes.
 
 Times are those of torch's profiler, kernel by kernel, whose own work adds about a tenth; what the step takes without it is
 told first. The bits for dropout are numpy's and no kernel of torch: they are in the difference.
@@ -11,7 +11,8 @@ import torch
 
 from finpatch.memory import keep_memory
 
-from .presets import make_data, own_step
+from .paper_shapes import SIZES, ways_of
+from .presets import PRECISIONS, make_data, own_step
 
 KINDS = {
     "matrix products of layers": ("aten::mm", "aten::addmm", "aten::linear"),
@@ -29,7 +30,10 @@ KINDS = {
 def profile(budget: str, precision: str, n_windows: int = 64, n_steps: int = 20) -> tuple[float, dict[str, float]]:
     "Return the milliseconds of a step, and those of each kind of kernel."
     keep_memory()
-    step = own_step(budget, make_data(), precision, n_windows)
+    if budget in SIZES:
+        step = ways_of("Hugging Face", budget, 0.2, 32)[f"finpatch {PRECISIONS[precision]}"][2]
+    else:
+        step = own_step(budget, make_data(), precision, n_windows)
     for _ in range(5):
         step()
     began = time.perf_counter()
