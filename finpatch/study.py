@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'AWAITED', 'store_frame', 'store_losses', 'judge_question', 'store_predictions', 'store_folds', 'settle',
-           'interruptible', 'work_through', 'run_study']
+           'make_ready', 'interruptible', 'work_through', 'run_study']
 
 # %% ../nbs/44_study.ipynb #40ccac9d
 import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -116,6 +116,16 @@ def settle(plan: Plan, study_dir: Path, ended: dict) -> dict:  # status, failed,
         write_json(study_dir / "state.json", state)
     return state
 
+# %% ../nbs/44_study.ipynb #bdb24f2b
+AWAITED = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "arch.bootstrap")
+
+
+def make_ready(names: tuple[str, ...] = AWAITED) -> None:
+    "Import what verdicts and page will need, while there is time; what is missing is said where it is used."
+    with suppress(ImportError):
+        for name in names:
+            import_module(name)
+
 # %% ../nbs/44_study.ipynb #2fdbd8c2
 @contextmanager
 def interruptible() -> Iterator[None]:
@@ -133,9 +143,6 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-AWAITED = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "arch.bootstrap")
-
-
 def work_through(plan: Plan, study_dir: Path, n_workers: int | None, progress: StudyProgress, is_cooled: bool) -> dict:
     "Work on all open cells, in this process or in others of this machine."
     n_workers = count_workers(plan.source.device) if n_workers is None else n_workers
@@ -144,7 +151,7 @@ def work_through(plan: Plan, study_dir: Path, n_workers: int | None, progress: S
             options = {"is_cooled": is_cooled}
             what = (plan.config, study_dir, plan.source.data_dir, plan.source.device_name, options)
             workers = start_workers(n_workers, *what)
-            return gather(workers, study_dir, lambda: [*map(import_module, AWAITED), progress.show()])
+            return gather(workers, study_dir, lambda: (make_ready(), progress.show()))
         try:
             with limited_threads(1):
                 return work(plan, study_dir, progress.show, is_cooled=is_cooled)
