@@ -22,11 +22,11 @@ import numpy as np
 from .cell import Cell, cell_key, count_trial, read_result
 from .core import InputError, write_json
 from .flight import Board, can_hold, demand, fly
-from .join import choose_kind, connected, import_ray, stop_on_signal
+from .join import choose_kind, connected, import_ray
 from .lock import LockedError, exclusive
 from .plan import Plan, cell_cost, known_cells
 from .sent import collect_data, pack, unpack
-from .work import Results, count_workers, is_over
+from .work import Results, count_workers, is_over, stop_on_signal
 
 log = logging.getLogger("finpatch")
 

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'AWAITED', 'store_frame', 'store_losses', 'judge_question', 'store_predictions', 'store_folds', 'settle',
-           'make_ready', 'interruptible', 'work_through', 'run_study']
+           'make_ready', 'work_through', 'run_study']
 
 # %% ../nbs/44_study.ipynb #40ccac9d
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from .plan import Plan, Question, StudyConfig, chosen_rate, known_cells, load_st
 from .pool import Pool, count_study_looks, judge_pool, pool_question, read_predictions, results_table
 from .rates import is_at_edge
 from .targets import Task
-from .work import Results, StudyProgress, count_workers, gather, start_workers, work
+from .work import Results, StudyProgress, count_workers, gather, start_workers, stop_on_signal, work
 
 log = logging.getLogger("finpatch")
 
@@ -127,36 +125,19 @@ def make_ready(names: tuple[str, ...] = AWAITED) -> None:
             import_module(name)
 
 # %% ../nbs/44_study.ipynb #2fdbd8c2
-@contextmanager
-def interruptible() -> Iterator[None]:
-    "Let SIGTERM interrupt as Ctrl-C does, in the main thread."
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if is_main else None
-    try:
-        yield
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
-
-
 def work_through(plan: Plan, study_dir: Path, n_workers: int | None, progress: StudyProgress, is_cooled: bool) -> dict:
     "Work on all open cells, in this process or in others of this machine."
     n_workers = count_workers(plan.source.device) if n_workers is None else n_workers
-    with interruptible():
-        if n_workers:
-            options = {"is_cooled": is_cooled}
-            what = (plan.config, study_dir, plan.source.data_dir, plan.source.device_name, options)
-            workers = start_workers(n_workers, *what)
-            return gather(workers, study_dir, lambda: (make_ready(), progress.show()))
-        try:
-            with limited_threads(1):
-                return work(plan, study_dir, progress.show, is_cooled=is_cooled)
-        except KeyboardInterrupt:
-            return {"is_stopped": True, "failed": {}}
+    if n_workers:
+        options = {"is_cooled": is_cooled}
+        what = (plan.config, study_dir, plan.source.data_dir, plan.source.device_name, options)
+        with stop_on_signal(study_dir):
+            return gather(start_workers(n_workers, *what), lambda: (make_ready(), progress.show()))
+    try:
+        with stop_on_signal(study_dir, is_prompt=True), limited_threads(1):
+            return work(plan, study_dir, progress.show, is_cooled=is_cooled)
+    except KeyboardInterrupt:
+        return {"is_stopped": True, "failed": {}}
 
 # %% ../nbs/44_study.ipynb #b86d7e9d
 def run_study(

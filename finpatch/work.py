@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['log', 'Results', 'PauseWith', 'is_over', 'work', 'first_free', 'count_workers', 'serve', 'Once', 'start_workers',
-           'gather', 'answer_of', 'StudyProgress']
+           'stop_on_signal', 'gather', 'answer_of', 'StudyProgress']
 
 # %% ../nbs/43a_work.ipynb #1762db9c
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -149,16 +152,32 @@ def start_workers(n: int, *args: object) -> list[tuple[multiprocessing.Process, 
         workers.append((process, receive))
     return workers
 
+# %% ../nbs/43a_work.ipynb #c88a1c0b
+@contextmanager
+def stop_on_signal(study_dir: Path, is_prompt: bool = False) -> Iterator[None]:
+    "Let Ctrl-C and SIGTERM touch `STOP`, in the main thread; where it is prompt, raise KeyboardInterrupt too."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number, frame):
+        (study_dir / "STOP").touch()
+        if is_prompt: raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 # %% ../nbs/43a_work.ipynb #4cac6745
-def gather(workers: list[tuple], study_dir: Path, on_poll: Callable[[], None]) -> dict:
-    "Wait for the workers; on an interruption ask them to stop, and wait on."
+def gather(workers: list[tuple], on_poll: Callable[[], None]) -> dict:
+    "Wait for the workers."
     while any(process.is_alive() for process, _ in workers):
-        try:
-            on_poll()
-            workers[0][0].join(1.0)
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            (study_dir / "STOP").touch()
+        on_poll()
+        workers[0][0].join(1.0)
+        time.sleep(0.1)
     answers = [answer_of(process, receive) for process, receive in workers]
     failed = {k: v for a in answers for k, v in a["failed"].items()}
     return {"is_stopped": any(a["is_stopped"] for a in answers), "failed": failed}

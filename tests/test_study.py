@@ -104,7 +104,7 @@ def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(ra
         wait_for("cells/*/result.json", study_dir)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("finpatch.work.multiprocessing.get_context", lambda method: CONTEXT)
+    monkeypatch.setattr("finpatch.work.worker_context", lambda: CONTEXT)
     threading.Thread(target=terminate).start()
     options = QUIET | {"data_dir": raw6_dir, "study_dir": study_dir}
     run_study(STUDY, **options | {"n_workers": 1})
@@ -115,6 +115,30 @@ def test_a_study_that_is_terminated_stops_with_its_workers_and_goes_on_in_two(ra
     run_study(STUDY, **options | {"n_workers": 2})
     assert read_json(study_dir / "state.json")["status"] == "done"
     pd.testing.assert_frame_equal(table(study_dir), table(whole))
+
+
+class Signals:
+    "Tell this process to end, where Python cannot raise: an exception in `__del__` is printed and lost."
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        for _ in range(1000):  # the handler is called here
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_request_to_end_that_python_loses_stops_the_study_all_the_same(raw6_dir, tmp_path, monkeypatch, n_workers, number):
+    shown = [Signals(number), None]  # `None` is taken before the work begins
+    monkeypatch.setattr("finpatch.work.worker_context", lambda: CONTEXT)
+    monkeypatch.setattr("finpatch.work.StudyProgress.show", lambda self: shown and shown.pop() and None)
+    run_study(STUDY, **QUIET | {"data_dir": raw6_dir, "study_dir": tmp_path, "n_workers": n_workers})
+    state = read_json(tmp_path / "state.json")
+    assert not shown and (state["status"], state["failed"]) == ("stopped", {})
 
 
 def is_running(pid):
