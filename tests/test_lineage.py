@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 
 from finpatch.core import InputError, file_digest
 from finpatch.digest import read_frame, write_frame
+from finpatch.features import code_sha256
 from finpatch.manifest import (
     content_sha256,
     find_entry,
@@ -41,6 +43,14 @@ def build(data, source="embedded"):
     store_processed(data, FEATURES, features, tier="a20", parents=[RAW], code_sha256="c0de")
     dataset = features.join(bars)
     store_processed(data, DATASET, dataset, tier="a20", parents=[FEATURES, RAW], code_sha256="c0de")
+
+
+def test_the_committed_manifest_names_the_code_that_is_here():
+    "Else the first command of a new user warns that other code made the same values."
+    entries = json.loads((Path(__file__).parent.parent / "data" / "processed" / "manifest.json").read_text())["entries"]
+    named = {(e["dataset_id"], e["code_sha256"]) for e in entries}
+    kinds = [(f"{symbol}.{kind}.{tier}", tier) for symbol in ("SP500", "NASDAQ") for kind in ("features", "dataset") for tier in ("a20", "raw6")]
+    assert {(name, code_sha256(tier)) for name, tier in kinds} <= named, "build them again in an empty data folder, and commit the manifest"
 
 
 def find_path(dataset_id):
