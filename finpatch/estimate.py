@@ -147,7 +147,7 @@ def baseline_seconds(plan: Plan, per_window: float | None) -> float:
     return sum(count_windows(plan, c).every for c in cells) * (per_window or 0.0)
 
 # %% ../nbs/43c_estimate.ipynb #e5a00015
-WORKER_GIB = 0.8  # What a process takes before it trains; at most 0.6 was seen
+WORKER_GIB = 1.2  # What a process takes before it trains; 0.6 was seen with torch for the CPU, 1.05 with the build for CUDA
 
 
 def estimate(
